@@ -1,0 +1,90 @@
+"""The arguments that users write, as plain dataclasses.
+
+Nothing here imports torch or transformers: ``--help`` and configuration errors come at once.
+``hf_sft.parsing`` fills these classes; ``training_arguments.TrainingArguments`` adds Hugging Face's own fields.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+def arg(default: Any, help: str, **metadata: Any) -> Any:
+    """A dataclass field with its help text; lists and dicts get a fresh copy per instance."""
+    metadata["help"] = help
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class ModelArguments:
+    """Which model is trained, and how its weights are held."""
+
+    _argument_group_name = "model"
+
+    model_name_or_path: str | None = arg(None, "Folder or hub name of the model to start from.")
+    config_name_or_path: str | None = arg(
+        None, "Train from scratch: a folder, a JSON file or a hub name that holds a config.json and no weights are read."
+    )
+    config_overrides: dict | str | None = arg(
+        None, "Fields of the config to change when training from scratch, as a JSON object."
+    )
+    tokenizer_name_or_path: str | None = arg(None, "Tokenizer, if it is not the model's own.")
+    model_revision: str | None = arg(None, "Branch, tag or commit on the hub.")
+    trust_remote_code: bool = arg(False, "Run Python code that a model repository brings along.")
+    train_mode: Literal["full", "lora", "qlora"] = arg("full", "All weights, a LoRA adapter, or LoRA on a quantised base.")
+    dtype: Literal["float32", "bfloat16", "float16"] | None = arg(
+        None, "Type of the loaded weights. Default: float32 for full training, bfloat16 for the frozen base of an adapter."
+    )
+    quantization: Literal["nf4", "int8"] | None = arg(None, "How the base is quantised under qlora. Default there: nf4.")
+    double_quantization: bool = arg(True, "Quantise the scales of nf4 as well (about 0.4 bit per weight less).")
+    attention_backend: Literal["auto", "dense", "segment", "flash", "flex", "magi"] = arg(
+        "auto", "How packed documents are kept apart. auto measures which backend is right for the model and says so."
+    )
+    new_special_tokens: list[str] = arg([], "Special tokens to add to the tokenizer; their rows are trained.")
+
+
+@dataclass
+class LoraArguments:
+    """The adapter of train_mode lora and qlora."""
+
+    _argument_group_name = "adapter"
+
+    lora_rank: int = arg(16, "Rank r of the update B A.")
+    lora_alpha: float = arg(32.0, "The update is scaled by alpha / rank.")
+    lora_dropout: float = arg(0.0, "Dropout on the adapter's input, in [0, 1).")
+    lora_target_modules: list[str] = arg(["all-linear"], "Module names, or all-linear: every linear layer but the head.")
+    lora_bias: Literal["none", "all", "lora_only"] = arg("none", "Which biases are trained along.")
+    use_dora: bool = arg(False, "Weight-decomposed LoRA (arXiv 2402.09353).")
+    use_rslora: bool = arg(False, "Scale by alpha / sqrt(rank) (arXiv 2312.03732).")
+    modules_to_save: list[str] = arg([], "Modules trained in full beside the adapter, such as lm_head.")
+    adapter_name_or_path: str | None = arg(None, "Go on training this adapter instead of a new one.")
+
+
+@dataclass
+class DataArguments:
+    """What is learned: files, template, lengths, packing."""
+
+    _argument_group_name = "data"
+
+    train_file: str | None = arg(None, "Training data: JSON lines or a JSON array of conversations.")
+    eval_file: str | None = arg(None, "Evaluation data, in the same formats.")
+    task_type: Literal["sft", "pretrain", "dpo"] = arg("sft", "sft: learn the assistant's turns of conversations.")
+    objective: Literal["causal", "wedlm"] = arg("causal", "causal: predict the next token.")
+    max_seq_length: int = arg(2048, "Capacity of a bin and longest document, in tokens.")
+    overlength: Literal["drop", "truncate", "error"] = arg(
+        "drop", "A document longer than max_seq_length. A truncated answer is not taught to stop."
+    )
+    bad_records: Literal["error", "skip"] = arg("error", "A record that cannot be read or encoded: stop, or skip and count.")
+    train_on: Literal["assistant", "last", "all"] = arg(
+        "assistant", "Supervise every assistant turn, the last one only, or all tokens."
+    )
+    packing: bool = arg(True, "Pack several documents into one bin; they do not see each other.")
+    chat_template: str | None = arg(None, "Name (plain, chatml), file or text of a Jinja template. Default: the tokenizer's own.")
+    chat_template_kwargs: dict | str | None = arg(None, "Variables for the template, as a JSON object.")
+    max_train_samples: int | None = arg(None, "Use the first N training records.")
+    max_eval_samples: int | None = arg(None, "Use the first N evaluation records.")
+    data_cache_dir: str | None = arg(None, "Where tokenised data is kept. Default: $HF_SFT_CACHE, else ~/.cache/hf_sft.")
+    rebuild_cache: bool = arg(False, "Tokenise again even if the cache holds the same data.")

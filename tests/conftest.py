@@ -1,0 +1,29 @@
+"""Fixtures; and the rule that tests never reach for a hub."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+sys.path.insert(0, str(Path(__file__).parent))
+
+import tiny  # noqa: E402
+
+
+@pytest.fixture
+def shared_data() -> Path:
+    """Folder of public data sets beside the checkout; tests that need it skip where it is absent."""
+    if not tiny.SHARED.is_dir():
+        pytest.skip(f"no public data at {tiny.SHARED}")
+    return tiny.SHARED
+
+
+@pytest.fixture(autouse=True)
+def own_data_cache(tmp_path_factory, monkeypatch) -> None:
+    """Each test has a data cache of its own."""
+    monkeypatch.setenv("HF_SFT_CACHE", str(tmp_path_factory.mktemp("data_cache")))
