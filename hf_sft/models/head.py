@@ -1,0 +1,117 @@
+"""Scoring at the output head: the logits of a step never stand in memory at once.
+
+The wrapped model is called whole, so that every hook of DDP, FSDP, ZeRO, PEFT and checkpointing fires. A forward pre-hook on the
+head takes the hidden states of the scored rows, computes the loss from them in chunks, and lets no row pass; what the model
+returns are zero rows of logits that keep the head in the graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_sft.losses import LogitTransform, RowScores, score_logits, score_rows
+
+
+@dataclass
+class _Request:
+    rows: Tensor
+    target: Tensor
+    weight: Tensor
+    scores: RowScores | None = None
+
+
+class HeadScorer:
+    """Scores chosen rows of a causal LM.
+
+    A plain linear head is scored in chunks. Any other head (an adapter on it, quantised weights, newly trained token rows) runs
+    on the scored rows only, and the loss is taken from its logits; so does a model whose logits are not what its config says.
+
+    Args:
+        model: a causal LM, bare or with PEFT. The hook stays on its head and does nothing outside ``scoring``.
+
+    Raises:
+        ValueError: if the model has no output head.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        head = _active_head(model.get_output_embeddings())
+        if head is None:
+            raise ValueError(f"{type(model).__name__} has no output embeddings: only causal language models can be trained")
+        self.chunked = _is_plain_linear(head)
+        self.transform = logit_transform(model.config)
+        self._request: _Request | None = None
+        head.register_forward_pre_hook(self._before_head)
+
+    @contextmanager
+    def scoring(self, rows_R: Tensor, target_R: Tensor, weight_R: Tensor) -> Iterator[_Request]:
+        """Within this context one forward of the model scores rows ``rows_R`` [R] of its flattened hidden states."""
+        self._request = _Request(rows_R, target_R, weight_R)
+        try:
+            yield self._request
+        finally:
+            self._request = None
+
+    def scores(self, request: _Request, logits: Tensor) -> RowScores:
+        """The scores of a forward inside ``scoring``; ``logits`` is what the model returned."""
+        if request.scores is None:
+            return score_logits(logits.flatten(0, -2), request.target, request.weight)
+        # Zero times nothing: keeps every part of the forward in the graph, which DDP and ZeRO wait for.
+        loss = request.scores.loss + 0.0 * logits.sum()
+        return RowScores(loss, request.scores.nll, request.scores.correct)
+
+    @torch.no_grad()
+    def verify(self, model: nn.Module, input_ids: Tensor) -> bool:
+        """Do the chunked scores of ``input_ids`` [1, L] equal those of the model's full logits? If not, stop chunking."""
+        if not self.chunked:
+            return False
+        rows = torch.arange(input_ids.shape[1], device=input_ids.device)
+        weight = torch.ones(len(rows), device=input_ids.device)
+        with self.scoring(rows, input_ids[0], weight) as request:
+            model(input_ids=input_ids, use_cache=False)
+        full = score_logits(model(input_ids=input_ids, use_cache=False).logits[0], input_ids[0], weight)
+        tolerance = 1e-4 if full.nll.dtype == torch.float64 or next(model.parameters()).dtype == torch.float32 else 5e-2
+        assert request.scores is not None, "the head was not called"
+        self.chunked = bool(torch.allclose(request.scores.nll, full.nll.to(request.scores.nll), rtol=tolerance, atol=tolerance))
+        return self.chunked
+
+    def _before_head(self, head: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        request = self._request
+        if request is None:
+            return None
+        hidden = args[0]
+        flat = hidden.reshape(-1, hidden.shape[-1]).index_select(0, request.rows)
+        if not self.chunked:
+            return (flat[None], *args[1:])
+        request.scores = score_rows(
+            flat, head.weight, head.bias, request.target, request.weight, self.transform  # type: ignore[arg-type]
+        )
+        return (flat[None, :0], *args[1:])
+
+
+def logit_transform(config: Any) -> LogitTransform:
+    """What the model does to its head's output, read from the config.
+
+    Gemma 2 and 3: ``final_logit_softcapping``; Cohere multiplies by ``logit_scale``; Granite divides by ``logits_scaling``.
+    """
+    config = config.get_text_config()
+    scale = getattr(config, "logit_scale", None) or 1.0
+    scale /= getattr(config, "logits_scaling", None) or 1.0
+    return LogitTransform(float(scale), getattr(config, "final_logit_softcapping", None))
+
+
+def _active_head(head: nn.Module | None) -> nn.Module | None:
+    """The module whose forward runs: under PEFT's ``modules_to_save`` that is the trained copy."""
+    copies = getattr(head, "modules_to_save", None)
+    if copies is None:
+        return head
+    return copies[head.active_adapter if isinstance(head.active_adapter, str) else head.active_adapter[0]]  # type: ignore
+
+
+def _is_plain_linear(head: nn.Module) -> bool:
+    return type(head).forward is nn.Linear.forward and head.weight.is_floating_point()  # type: ignore[operator]
