@@ -26,7 +26,8 @@ class ModelArguments:
 
     model_name_or_path: str | None = arg(None, "Folder or hub name of the model to start from.")
     config_name_or_path: str | None = arg(
-        None, "Train from scratch: a folder, a JSON file or a hub name that holds a config.json and no weights are read."
+        None,
+        "Train from scratch: a folder, a JSON file or a hub name that holds a config.json and no weights are read.",
     )
     config_overrides: dict | str | None = arg(
         None, "Fields of the config to change when training from scratch, as a JSON object."
@@ -34,11 +35,16 @@ class ModelArguments:
     tokenizer_name_or_path: str | None = arg(None, "Tokenizer, if it is not the model's own.")
     model_revision: str | None = arg(None, "Branch, tag or commit on the hub.")
     trust_remote_code: bool = arg(False, "Run Python code that a model repository brings along.")
-    train_mode: Literal["full", "lora", "qlora"] = arg("full", "All weights, a LoRA adapter, or LoRA on a quantised base.")
-    dtype: Literal["float32", "bfloat16", "float16"] | None = arg(
-        None, "Type of the loaded weights. Default: float32 for full training, bfloat16 for the frozen base of an adapter."
+    train_mode: Literal["full", "lora", "qlora"] = arg(
+        "full", "All weights, a LoRA adapter, or LoRA on a quantised base."
     )
-    quantization: Literal["nf4", "int8"] | None = arg(None, "How the base is quantised under qlora. Default there: nf4.")
+    dtype: Literal["float32", "bfloat16", "float16"] | None = arg(
+        None,
+        "Type of the loaded weights. Default: float32 for full training, bfloat16 for the frozen base of an adapter.",
+    )
+    quantization: Literal["nf4", "int8"] | None = arg(
+        None, "How the base is quantised under qlora. Default there: nf4."
+    )
     double_quantization: bool = arg(True, "Quantise the scales of nf4 as well (about 0.4 bit per weight less).")
     attention_backend: Literal["auto", "dense", "segment", "flash", "flex", "magi"] = arg(
         "auto", "How packed documents are kept apart. auto measures which backend is right for the model and says so."
@@ -55,7 +61,9 @@ class LoraArguments:
     lora_rank: int = arg(16, "Rank r of the update B A.")
     lora_alpha: float = arg(32.0, "The update is scaled by alpha / rank.")
     lora_dropout: float = arg(0.0, "Dropout on the adapter's input, in [0, 1).")
-    lora_target_modules: list[str] = arg(["all-linear"], "Module names, or all-linear: every linear layer but the head.")
+    lora_target_modules: list[str] = arg(
+        ["all-linear"], "Module names, or all-linear: every linear layer but the head."
+    )
     lora_bias: Literal["none", "all", "lora_only"] = arg("none", "Which biases are trained along.")
     use_dora: bool = arg(False, "Weight-decomposed LoRA (arXiv 2402.09353).")
     use_rslora: bool = arg(False, "Scale by alpha / sqrt(rank) (arXiv 2312.03732).")
@@ -77,14 +85,22 @@ class DataArguments:
     overlength: Literal["drop", "truncate", "error"] = arg(
         "drop", "A document longer than max_seq_length. A truncated answer is not taught to stop."
     )
-    bad_records: Literal["error", "skip"] = arg("error", "A record that cannot be read or encoded: stop, or skip and count.")
+    bad_records: Literal["error", "skip"] = arg(
+        "error", "A record that cannot be read or encoded: stop, or skip and count."
+    )
     train_on: Literal["assistant", "last", "all"] = arg(
         "assistant", "Supervise every assistant turn, the last one only, or all tokens."
     )
-    packing: bool = arg(True, "Pack several documents into one bin; they do not see each other.")
-    chat_template: str | None = arg(None, "Name (plain, chatml), file or text of a Jinja template. Default: the tokenizer's own.")
+    packing: bool | None = arg(
+        None, "Pack several documents into one bin; they do not see each other. Default: if the model can be packed."
+    )
+    chat_template: str | None = arg(
+        None, "Name (plain, chatml), file or text of a Jinja template. Default: the tokenizer's own."
+    )
     chat_template_kwargs: dict | str | None = arg(None, "Variables for the template, as a JSON object.")
     max_train_samples: int | None = arg(None, "Use the first N training records.")
     max_eval_samples: int | None = arg(None, "Use the first N evaluation records.")
-    data_cache_dir: str | None = arg(None, "Where tokenised data is kept. Default: $HF_SFT_CACHE, else ~/.cache/hf_sft.")
+    data_cache_dir: str | None = arg(
+        None, "Where tokenised data is kept. Default: $HF_SFT_CACHE, else ~/.cache/hf_sft."
+    )
     rebuild_cache: bool = arg(False, "Tokenise again even if the cache holds the same data.")

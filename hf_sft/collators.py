@@ -132,7 +132,7 @@ def _padded(documents: list[np.ndarray], targets: list[np.ndarray], lengths: lis
     shape = (len(documents), max(lengths))
     input_ids, target_grid = np.full(shape, pad, dtype=np.int64), np.full(shape, IGNORE, dtype=np.int64)
     mask = np.zeros(shape, dtype=np.int64)
-    for i, (document, target) in enumerate(zip(documents, targets)):
+    for i, (document, target) in enumerate(zip(documents, targets, strict=True)):
         input_ids[i, : len(document)], target_grid[i, : len(target)], mask[i, : len(document)] = document, target, 1
     return {
         "input_ids": torch.from_numpy(input_ids),

@@ -33,7 +33,7 @@ class TokenTotals:
 
     def loss(self, coefficients: tuple[float, float] = (1.0, 1.0)) -> float:
         """``sum over kinds of c_kind * sum_i weight_i * nll_i / N_kind``; a kind without rows adds nothing."""
-        parts = zip(coefficients, self.weighted_nll, self.rows)
+        parts = zip(coefficients, self.weighted_nll, self.rows, strict=True)
         return sum(c * total / count for c, total, count in parts if count)
 
     def accuracy(self, kind: int = 0) -> float:

@@ -119,7 +119,9 @@ def test_the_rule_equals_a_double_loop(window: int | None) -> None:
             assert bool(allowed[q, k]) == bool(want)
 
 
-@pytest.mark.parametrize("groups, window, softcap, sinks", [(1, None, None, False), (2, 3, None, False), (2, 3, 0.7, True)])
+@pytest.mark.parametrize(
+    "groups, window, softcap, sinks", [(1, None, None, False), (2, 3, None, False), (2, 3, 0.7, True)]
+)
 def test_segment_equals_attention_under_the_dense_mask(groups, window, softcap, sinks) -> None:
     lengths, heads, width = [1, 5, 9], 4, 8
     torch.manual_seed(0)

@@ -52,13 +52,17 @@ def test_a_pad_token_that_is_also_the_end_of_turn_is_learned() -> None:
 @pytest.mark.parametrize("packed", [True, False])
 def test_an_empty_batch_still_has_a_token_and_nothing_to_learn(packed: bool) -> None:
     batch = CausalCollator(packed=packed)([[], []])
-    assert batch["input_ids"].shape == (1, 1) and batch["num_items"].tolist() == [0, 0] and len(batch["target_ids"]) == 0
+    assert (
+        batch["input_ids"].shape == (1, 1) and batch["num_items"].tolist() == [0, 0] and len(batch["target_ids"]) == 0
+    )
 
 
 def test_the_4d_mask_gives_a_plain_model_the_logits_of_documents_apart() -> None:
     model = tiny.tiny_model()
     batch = CausalCollator(return_4d_mask=True)([ROWS])
-    logits = model(batch["input_ids"], attention_mask=batch["attention_mask"], position_ids=batch["position_ids"]).logits[0]
+    logits = model(
+        batch["input_ids"], attention_mask=batch["attention_mask"], position_ids=batch["position_ids"]
+    ).logits[0]
     apart = torch.cat([model(torch.tensor([r["input_ids"]])).logits[0] for r in ROWS])
     torch.testing.assert_close(logits, apart, rtol=1e-5, atol=1e-6)
 

@@ -49,7 +49,7 @@ def test_equals_the_plain_formula_in_float64(name: str, rows: int, bias: bool) -
     expected, nll = plain(h, w, b, target, weight, TRANSFORMS[name])
     torch.testing.assert_close(scores.loss, expected, rtol=1e-14, atol=1e-14)
     torch.testing.assert_close(scores.nll, nll, rtol=1e-13, atol=1e-13)
-    for got, want in zip(grads(3 * scores.loss, h, w, b), grads(3 * expected, h, w, b)):
+    for got, want in zip(grads(3 * scores.loss, h, w, b), grads(3 * expected, h, w, b), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-13)
 
 
@@ -62,16 +62,16 @@ def test_low_precision_stays_near_float64(dtype: torch.dtype, tolerance: float) 
     expected, _ = plain(*exact, target, weight, LogitTransform())
     assert scores.loss.dtype == torch.float32
     assert abs(scores.loss.item() - expected.item()) <= tolerance * abs(expected.item())
-    for got, want in zip(grads(scores.loss, h, w, b), grads(expected, *exact)):
+    for got, want in zip(grads(scores.loss, h, w, b), grads(expected, *exact), strict=True):
         assert (got.double() - want).norm() <= tolerance * want.norm()
 
 
 def test_tiny_weights_do_not_underflow_in_float16() -> None:
-    h, w, b, target, weight = make(40, torch.float16)
+    h, w, _b, target, weight = make(40, torch.float16)
     small = score_rows(h, w, None, target, weight * 1e-6)
     large = score_rows(h, w, None, target, weight)
     # Loss scaling multiplies before the gradient is cast down, as GradScaler does.
-    for got, want in zip(grads(small.loss * 1e6, h, w), grads(large.loss, h, w)):
+    for got, want in zip(grads(small.loss * 1e6, h, w), grads(large.loss, h, w), strict=True):
         assert (got.float() - want.float()).norm() <= 2e-3 * want.float().norm()
 
 

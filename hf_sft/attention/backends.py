@@ -120,13 +120,13 @@ def segment_attention(
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    rules = {"scaling": scaling, "dropout": dropout, "softcap": softcap, "s_aux": s_aux}
+    rules: dict[str, Any] = {"scaling": scaling, "dropout": dropout, "softcap": softcap, "s_aux": s_aux}
     layout: Layout | None = kwargs.get(LAYOUT_KEY)
     if layout is None:
         causal = attention_mask is None and query.shape[2] > 1
         return _attend(query, key, value, attention_mask, causal, **rules).transpose(1, 2).contiguous(), None
     # split, not slices: its backward is one concatenation instead of a full-length gradient per document.
-    documents = zip(*(stream.split(layout.doc_lengths, dim=2) for stream in (query, key, value)))
+    documents = zip(*(stream.split(layout.doc_lengths, dim=2) for stream in (query, key, value)), strict=True)
     outputs = []
     for q, k, v in documents:
         beyond = sliding_window is not None and q.shape[2] > sliding_window

@@ -48,7 +48,7 @@ class Layout:
     def allowed(self, window: int | None = None) -> Tensor:
         """[T, T] bool, ``allowed[q, k]``: may query q see key k?
 
-            doc[q] == doc[k]  and  k <= q  and, in a layer with a sliding window,  pos[q] - pos[k] < window
+        doc[q] == doc[k]  and  k <= q  and, in a layer with a sliding window,  pos[q] - pos[k] < window
         """
         row = torch.arange(len(self.doc), device=self.doc.device)
         mask = (self.doc[:, None] == self.doc[None, :]) & (row[None, :] <= row[:, None])

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -65,13 +66,17 @@ def choose_layout(model: nn.Module, requested: str = "auto", packing: bool | Non
         ValueError: if what was asked for by name is unknown or fails.
     """
     if requested != "auto" and requested not in BACKENDS:
-        raise ValueError(f"attention_backend {requested!r} is not available; choose auto or one of {', '.join(BACKENDS)}")
+        raise ValueError(
+            f"attention_backend {requested!r} is not available; choose auto or one of {', '.join(BACKENDS)}"
+        )
     if packing is False:
         if requested != "auto":
-            raise ValueError(f"attention_backend {requested!r} packs documents, and packing is false: leave out one of the two")
+            raise ValueError(
+                f"attention_backend {requested!r} packs documents, and packing is false: leave out one of the two"
+            )
         return Choice(None, "packing is false")
     base = base_model(model)
-    verdicts = []
+    verdicts: list[Verdict] = []
     for name in ("segment", "dense") if requested == "auto" else (requested,):
         verdict = check_backend(model, BACKENDS[name])
         if verdict.passed:
@@ -100,9 +105,9 @@ def check_backend(model: nn.Module, backend: Backend) -> Verdict:
 
 @torch.no_grad()
 def _measure(model: nn.Module, base: PreTrainedModel, backend: Backend) -> Verdict:
-    device = base.get_input_embeddings().weight.device
+    embedding = cast(nn.Embedding, base.get_input_embeddings()).weight
+    device, vocabulary = embedding.device, embedding.shape[0]
     generator = torch.Generator().manual_seed(0)
-    vocabulary = base.get_input_embeddings().weight.shape[0]
     first, other, second = (
         torch.randint(vocabulary, (length,), generator=generator).to(device) for length in (_LENGTHS[0], *_LENGTHS)
     )
@@ -121,11 +126,13 @@ def _measure(model: nn.Module, base: PreTrainedModel, backend: Backend) -> Verdi
     leak = (packed - changed)[_LENGTHS[0] :].abs().max().item() / spread
     measured = f"packed and apart differ by {difference:.1e} of the logits' spread (limit {same:.0e})"
     if not leak <= leak_limit:  # also true for NaN
-        return Verdict(backend.name, False, f"documents see each other: {leak:.1e} of the spread (limit {leak_limit:.0e})")
+        return Verdict(
+            backend.name, False, f"documents see each other: {leak:.1e} of the spread (limit {leak_limit:.0e})"
+        )
     return Verdict(backend.name, difference <= same, measured)
 
 
-def base_model(model: nn.Module) -> PreTrainedModel:
+def base_model(model: Any) -> PreTrainedModel:
     """The transformers model inside PEFT's wrapper, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -39,10 +39,12 @@ class HeadScorer:
         ValueError: if the model has no output head.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         head = _active_head(model.get_output_embeddings())
         if head is None:
-            raise ValueError(f"{type(model).__name__} has no output embeddings: only causal language models can be trained")
+            raise ValueError(
+                f"{type(model).__name__} has no output embeddings: only causal language models can be trained"
+            )
         self.chunked = _is_plain_linear(head)
         self.transform = logit_transform(model.config)
         self._request: _Request | None = None
@@ -77,7 +79,9 @@ class HeadScorer:
         full = score_logits(model(input_ids=input_ids, use_cache=False).logits[0], input_ids[0], weight)
         tolerance = 1e-4 if full.nll.dtype == torch.float64 or next(model.parameters()).dtype == torch.float32 else 5e-2
         assert request.scores is not None, "the head was not called"
-        self.chunked = bool(torch.allclose(request.scores.nll, full.nll.to(request.scores.nll), rtol=tolerance, atol=tolerance))
+        self.chunked = bool(
+            torch.allclose(request.scores.nll, full.nll.to(request.scores.nll), rtol=tolerance, atol=tolerance)
+        )
         return self.chunked
 
     def _before_head(self, head: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
@@ -88,9 +92,8 @@ class HeadScorer:
         flat = hidden.reshape(-1, hidden.shape[-1]).index_select(0, request.rows)
         if not self.chunked:
             return (flat[None], *args[1:])
-        request.scores = score_rows(
-            flat, head.weight, head.bias, request.target, request.weight, self.transform  # type: ignore[arg-type]
-        )
+        linear = cast(nn.Linear, head)
+        request.scores = score_rows(flat, linear.weight, linear.bias, request.target, request.weight, self.transform)
         return (flat[None, :0], *args[1:])
 
 
