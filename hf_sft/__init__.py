@@ -1,0 +1,65 @@
+"""Supervised fine-tuning of causal language models with the Hugging Face Trainer.
+
+Names are imported when they are first used: ``import hf_sft`` loads neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "CausalCollator": "hf_sft.collators",
+    "DataArguments": "hf_sft.arguments",
+    "LoraArguments": "hf_sft.arguments",
+    "ModelArguments": "hf_sft.arguments",
+    "SFTTrainer": "hf_sft.training.trainer",
+    "TrainingArguments": "hf_sft.training_arguments",
+    "encode_conversation": "hf_sft.data.chat",
+    "load_model": "hf_sft.models.loading",
+    "load_tokenizer": "hf_sft.models.loading",
+    "merge_adapter": "hf_sft.merging",
+    "pack_documents": "hf_sft.data.packing",
+    "parse_args": "hf_sft.parsing",
+}
+
+if TYPE_CHECKING:
+    from hf_sft.arguments import DataArguments, LoraArguments, ModelArguments
+    from hf_sft.collators import CausalCollator
+    from hf_sft.data.chat import encode_conversation
+    from hf_sft.data.packing import pack_documents
+    from hf_sft.merging import merge_adapter
+    from hf_sft.models.loading import load_model, load_tokenizer
+    from hf_sft.parsing import parse_args
+    from hf_sft.training.trainer import SFTTrainer
+    from hf_sft.training_arguments import TrainingArguments
+
+__all__ = [
+    "CausalCollator",
+    "DataArguments",
+    "LoraArguments",
+    "ModelArguments",
+    "SFTTrainer",
+    "TrainingArguments",
+    "__version__",
+    "encode_conversation",
+    "load_model",
+    "load_tokenizer",
+    "merge_adapter",
+    "pack_documents",
+    "parse_args",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_EXPORTS[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,190 @@
+"""Hugging Face's ``TrainingArguments`` with defaults that suit packed batches, and a verdict on every field.
+
+``FIELD_RULES`` knows each field of the parent class: it is honoured, or a value other than the allowed ones is refused
+with a sentence. Importing this module imports transformers; import it late.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import transformers
+
+
+@dataclass(frozen=True)
+class Refused:
+    """Only the ``allowed`` values are accepted; ``why`` says the reason and the way out."""
+
+    why: str
+    allowed: tuple[Any, ...] = (None,)
+    only_packed: bool = False
+
+    def allows(self, value: Any, packing: bool) -> bool:
+        return value in self.allowed or (self.only_packed and not packing)
+
+
+_HONOURED = """
+    output_dir do_train do_eval resume_from_checkpoint local_rank seed data_seed full_determinism use_cpu
+    per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps num_train_epochs max_steps
+    learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps max_grad_norm
+    optim optim_args optim_target_modules weight_decay adam_beta1 adam_beta2 adam_epsilon
+    bf16 fp16 tf32 torch_empty_cache_steps debug skip_memory_metrics
+    activation_checkpointing activation_checkpointing_kwargs gradient_checkpointing gradient_checkpointing_kwargs
+    logging_strategy logging_steps logging_first_step logging_nan_inf_filter log_on_each_node log_level
+    log_level_replica disable_tqdm include_num_input_tokens_seen
+    report_to run_name project trackio_space_id trackio_bucket_id trackio_static_space_id
+    eval_strategy eval_steps eval_delay eval_on_start eval_accumulation_steps eval_do_concat_batches
+    eval_use_gather_object prediction_loss_only batch_eval_metrics
+    save_strategy save_steps save_total_limit save_only_model save_on_each_node enable_jit_checkpoint
+    load_best_model_at_end metric_for_best_model greater_is_better restore_callback_states_from_checkpoint
+    push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision
+    accelerator_config dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers
+    dataloader_prefetch_factor
+    ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout
+""".split()
+
+_COMPILED = "compiled steps are not tested with packed batches in this version; leave it unset"
+_LIGER = "it replaces the loss and the layers' forwards, which this trainer checks and scores itself; leave it unset"
+_FULL_EVAL = (
+    "it casts the weights in place, and training would go on with the rounded ones; "
+    "use bf16 or fp16, whose autocast covers evaluation too"
+)
+_OFF = (False, None)
+_REFUSED = {
+    "label_smoothing_factor": Refused("the loss is the plain cross entropy of the targets; set it to 0", (0,)),
+    "train_sampling_strategy": Refused(
+        "documents are packed into bins of equal length, so there is nothing to group; use random or sequential",
+        ("random", "sequential"),
+    ),
+    "length_column_name": Refused("lengths are counted from the tokens; leave it unset", ("length",)),
+    "use_liger_kernel": Refused(_LIGER, _OFF),
+    "liger_kernel_config": Refused(_LIGER),
+    "auto_find_batch_size": Refused(
+        "the batch would change in mid-run; lower per_device_train_batch_size or max_seq_length instead", _OFF
+    ),
+    "torch_compile": Refused(_COMPILED, _OFF),
+    "torch_compile_backend": Refused(_COMPILED),
+    "torch_compile_mode": Refused(_COMPILED),
+    "dataloader_multiprocessing_context": Refused(
+        "loader processes are started in the platform's own way; leave it unset"
+    ),
+    "dataloader_drop_last": Refused("no document is lost: the last batch is filled with empty bins", _OFF),
+    "dataloader_in_order": Refused("a resumed run must meet the batches in the same order; leave it true", (True,)),
+    "neftune_noise_alpha": Refused(
+        "its noise depends on the length of the row, which is the whole bin when packing; set packing to false",
+        only_packed=True,
+    ),
+    "average_tokens_across_devices": Refused(
+        "the loss is divided by the scored tokens of all processes, so that it does not depend on how a batch is cut; "
+        "leave it true",
+        (True,),
+    ),
+    "remove_unused_columns": Refused(
+        "the batch's own keys (targets, weights, layout) would be removed; set it to false", (False,)
+    ),
+    "label_names": Refused("batches carry their targets under names of their own; leave it unset", (None, [])),
+    "include_for_metrics": Refused(
+        "losses are summed over all tokens and not kept; compute_metrics can have inputs beside logits and labels",
+        ([], ["inputs"], None),
+    ),
+    "use_cache": Refused("with a cache, packed documents see each other; leave it false", _OFF),
+    "ignore_data_skip": Refused("a resumed run goes on with the data that it has not seen; leave it false", _OFF),
+    "bf16_full_eval": Refused(_FULL_EVAL, _OFF),
+    "fp16_full_eval": Refused(_FULL_EVAL, _OFF),
+    "do_predict": Refused("train.py trains and evaluates; leave it false", _OFF),
+    "deepspeed": Refused("DeepSpeed is not available in this version; use torchrun (DDP)"),
+    "fsdp": Refused("FSDP is not available in this version; use torchrun (DDP)", (None, False, "", [])),
+    "fsdp_config": Refused("FSDP is not available in this version; leave it unset"),
+    "parallelism_config": Refused("only data parallelism is available in this version; leave it unset"),
+}
+HONOURED = None  # the field does what Hugging Face documents
+FIELD_RULES: dict[str, Refused | None] = {**dict.fromkeys(_HONOURED, HONOURED), **_REFUSED}
+
+_ACCELERATOR_RULES = {
+    "split_batches": Refused("per_device_train_batch_size counts bins per process; set it to false", _OFF),
+    "dispatch_batches": Refused("a packed batch [1, T] cannot be cut along its first dimension; set it to false", _OFF),
+    "even_batches": Refused("no bin is repeated: empty bins fill the last batch; leave it true", (True,)),
+    "use_seedable_sampler": Refused("the order is always drawn from the seed and the epoch; leave it true", (True,)),
+}
+
+
+if "activation_checkpointing" in {entry.name for entry in dataclasses.fields(transformers.TrainingArguments)}:
+    _Parent = transformers.TrainingArguments
+else:
+
+    @dataclass
+    class _Parent(transformers.TrainingArguments):  # type: ignore[no-redef]
+        """transformers 5.20, the last for Python 3.10, under today's names. Remove with Python 3.10."""
+
+        activation_checkpointing: bool | None = field(default=None, metadata={"help": "Recompute activations."})
+        activation_checkpointing_kwargs: dict | str | None = field(default=None, metadata={"help": "How, as JSON."})
+
+        def __post_init__(self) -> None:
+            if self.activation_checkpointing is None:
+                self.activation_checkpointing = self.gradient_checkpointing
+            if self.activation_checkpointing_kwargs is None:
+                self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs
+            self.gradient_checkpointing = self.activation_checkpointing
+            self.gradient_checkpointing_kwargs = self.activation_checkpointing_kwargs
+            super().__post_init__()
+            self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs
+
+
+@dataclass
+class TrainingArguments(_Parent):
+    """``transformers.TrainingArguments`` with these defaults changed, each for a reason in its help."""
+
+    _argument_group_name = "training (Hugging Face)"
+
+    output_dir: str | None = field(default="output", metadata={"help": "Folder of the checkpoints and the result."})
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Must stay false: the batch carries keys that no model's forward names."}
+    )
+    logging_steps: float = field(
+        default=10, metadata={"help": "Steps between two log lines; below 1, a share of all steps."}
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False,
+        metadata={"help": "Replace NaN losses in the log. Off: it hides them, and waits for the device each batch."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        accelerator: Any = self.accelerator_config
+        if accelerator.dispatch_batches is None:
+            accelerator.dispatch_batches = False  # else Accelerate cuts [1, T] where the data is iterable
+
+
+def refusals(values: Mapping[str, Any], packing: bool) -> dict[str, str]:
+    """Field -> sentence, for each value that this project does not honour. Fields that are absent are not judged."""
+    found = {}
+    for name, rule in FIELD_RULES.items():
+        if rule is not HONOURED and name in values and not rule.allows(values[name], packing):
+            found[name] = f"{name} is {values[name]!r}: {rule.why}"
+    accelerator = values.get("accelerator_config")
+    if accelerator is not None and not isinstance(accelerator, str):
+        for name, rule in _ACCELERATOR_RULES.items():
+            if isinstance(accelerator, Mapping):
+                value = accelerator.get(name, rule.allowed[0])
+            else:
+                value = getattr(accelerator, name)
+            if not rule.allows(value, packing):
+                found[f"accelerator_config.{name}"] = f"accelerator_config.{name} is {value!r}: {rule.why}"
+    return found
+
+
+def problems(training_args: transformers.TrainingArguments, packing: bool) -> list[str]:
+    """One sentence for every field whose value this project refuses.
+
+    Args:
+        training_args: ours or plain ``transformers.TrainingArguments``, whose defaults nobody asked for: the
+            SFTTrainer's own data loaders never remove a column.
+        packing: whether documents may be packed, that is, DataArguments.packing is not False.
+    """
+    values = {entry.name: getattr(training_args, entry.name) for entry in dataclasses.fields(training_args)}
+    if not isinstance(training_args, TrainingArguments) and values["remove_unused_columns"]:
+        del values["remove_unused_columns"]
+    return list(refusals(values, packing).values())

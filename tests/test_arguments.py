@@ -1,0 +1,437 @@
+"""Files and command lines become typed arguments; every problem is named, all at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+
+import pytest
+import transformers
+
+from hf_sft.arguments import DataArguments, LoraArguments, ModelArguments
+from hf_sft.conversion import convert
+from hf_sft.parsing import Arguments, ArgumentsError, nearest, parse_args, parse_values, read_config
+from hf_sft.training_arguments import FIELD_RULES, TrainingArguments, problems
+
+GOOD = {"model_name_or_path": "m", "train_file": "t.jsonl", "use_cpu": True}
+
+
+def problems_of(values: dict) -> list[str]:
+    with pytest.raises(ArgumentsError) as caught:
+        parse_values({**GOOD, **values})
+    return caught.value.problems
+
+
+def only_problem(values: dict) -> str:
+    found = problems_of(values)
+    assert len(found) == 1, found
+    return found[0]
+
+
+def write(path, text: str) -> str:
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+# --- the file, the command line, and which of them wins ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flag", [["--train_args_file"], ["--train-args-file"], ["--config"], []])
+def test_file_is_found_and_command_line_wins(tmp_path, flag):
+    file = write(tmp_path / "a.json", json.dumps({**GOOD, "learning_rate": 1e-3, "max_seq_length": 64}))
+    arguments = parse_args([*flag, file, "--learning_rate", "2e-5", "--train-mode=lora"])
+    assert isinstance(arguments, Arguments)
+    assert arguments.training.learning_rate == 2e-5
+    assert (arguments.data.max_seq_length, arguments.model.train_mode) == (64, "lora")
+    assert arguments.given == {*GOOD, "learning_rate", "max_seq_length", "train_mode"}
+
+
+def test_yaml_values_are_typed(tmp_path):
+    text = """
+        model_name_or_path: m
+        train_file: t.jsonl
+        use_cpu: yes
+        learning_rate: 1e-5
+        weight_decay: 1E-2
+        eval_strategy: no
+        save_strategy: epoch
+        num_train_epochs: 2
+        packing: off
+        max_seq_length: 3.0
+        lora_target_modules: q_proj
+        train_mode: lora
+        lr_scheduler_type: cosine_with_min_lr
+        lr_scheduler_kwargs: {min_lr: 1e-6}
+        chat_template_kwargs: {enable_thinking: false}
+    """
+    arguments = parse_args([write(tmp_path / "a.yaml", text)])
+    training = arguments.training
+    assert (training.learning_rate, training.weight_decay, training.num_train_epochs) == (1e-5, 1e-2, 2.0)
+    assert training.lr_scheduler_kwargs == {"min_lr": 1e-6}
+    assert (training.eval_strategy, training.save_strategy) == ("no", "epoch")
+    assert arguments.data.packing is False
+    assert arguments.data.max_seq_length == 3
+    assert isinstance(arguments.data.max_seq_length, int)
+    assert arguments.data.chat_template_kwargs == {"enable_thinking": False}
+    assert arguments.lora.lora_target_modules == ["q_proj"]
+
+
+def test_command_line_forms():
+    line = "--model_name_or_path m --train_file=t --use-cpu --train_mode lora --lora_target_modules q v --no-packing"
+    line += " --local_rank 0 --max_steps -1"
+    arguments = parse_args([*line.split(), "--chat_template_kwargs", '{"a": 1}'])
+    assert arguments.lora.lora_target_modules == ["q", "v"]
+    assert arguments.training.use_cpu is True
+    assert arguments.data.packing is False
+    assert arguments.data.chat_template_kwargs == {"a": 1}
+    assert arguments.training.max_steps == -1
+
+
+@pytest.mark.parametrize("rank", [["--local_rank=0"], ["--local-rank=3"], ["--local_rank", "1"]])
+def test_launchers_pass_a_rank_before_the_file(tmp_path, rank):
+    file = write(tmp_path / "a.json", json.dumps(GOOD))
+    arguments = parse_args([*rank, file])
+    assert arguments.training.local_rank == TrainingArguments().local_rank
+    assert "local_rank" not in arguments.given
+
+
+def test_two_files_are_one_too_many(tmp_path):
+    with pytest.raises(ArgumentsError, match="one configuration file is read"):
+        parse_args(["a.json", "--config", "b.json"])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--learning_rate"], "--learning_rate needs a value"),
+        (["--run_name", "a", "b"], "--run_name takes one value, and 2 follow it: a b"),
+        (["--no_packing", "x"], "--no_packing takes no value"),
+        (["--packing", "maybe"], "packing is 'maybe': it must be true or false or null"),
+    ],
+)
+def test_command_line_slips(words, message):
+    with pytest.raises(ArgumentsError) as caught:
+        parse_args(["--model_name_or_path", "m", "--train_file", "t", "--use_cpu", *words])
+    assert [message in problem for problem in caught.value.problems] == [True]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.json", None, "there is no file"),
+        ("a.json", b"", "is empty"),
+        ("a.yaml", b"  \n", "is empty"),
+        ("a.json", b'{"a": "\xff"}', "is not UTF-8 text .byte 7"),
+        ("a.json", b'{"a": 1,}', "line 1, column 8: no valid JSON|line 1, column 9: no valid JSON"),
+        ("a.yaml", b"a: [1, 2", "no valid YAML"),
+        ("a.json", b'{"seed": 1, "b": 2, "seed": 3}', "has the key seed twice"),
+        ("a.yaml", b"seed: 1\nb: 2\nseed: 3\n", "has the key seed twice"),
+        ("a.json", b"[1, 2]", "holds no object"),
+        ("a.yaml", b"just text", "holds no object"),
+        ("a.yaml", b"1: 2", "holds no object"),
+    ],
+)
+def test_files_that_cannot_be_read(tmp_path, name, content, message):
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ArgumentsError, match=message):
+        read_config(path)
+
+
+def test_folder_as_file(tmp_path):
+    with pytest.raises(ArgumentsError, match="is a folder"):
+        read_config(tmp_path)
+
+
+def test_byte_order_mark_is_no_obstacle(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_bytes(b'\xef\xbb\xbf{"seed": 1}')
+    assert read_config(path) == {"seed": 1}
+
+
+# --- types ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("value", "hint", "result"),
+    [
+        ("1e-5", float, 1e-5),
+        (3, float, 3.0),
+        (3.0, int, 3),
+        ("1e3", int, 1000),
+        ("17", int, 17),
+        ("TRUE", bool, True),
+        (0, bool, False),
+        (None, int | None, None),
+        ("none", int | None, None),
+        ("none", str | None, "none"),
+        ("null", str | None, None),
+        ("a", list[str], ["a"]),
+        ('["a", "b"]', list[str], ["a", "b"]),
+        ("a", None | str | list[str], "a"),
+        (["a"], None | str | list[str], ["a"]),
+        ('{"a": 1}', dict | str | None, {"a": 1}),
+        ("file.json", dict | str | None, "file.json"),
+        ("all", str | bool, "all"),
+        ("true", str | bool, True),
+        ("no", transformers.IntervalStrategy | str, "no"),
+        (False, transformers.IntervalStrategy | str, "no"),
+    ],
+)
+def test_convert(value, hint, result):
+    converted = convert(value, hint)
+    assert converted == result
+    assert type(converted) is type(result)
+
+
+@pytest.mark.parametrize(
+    ("value", "hint", "wanted"),
+    [
+        (3.5, int, "a whole number"),
+        (True, int, "a whole number"),
+        (math.inf, int, "a whole number"),
+        ("x", float, "a number"),
+        (math.nan, float, "a number"),
+        (True, float, "a number"),
+        (None, float, "a number"),
+        (2, bool, "true or false"),
+        (5, str, "text"),
+        ([1], list[str], "a list of text items"),
+        ("[1", list[str], "no JSON"),
+        ("{1", dict | str | None, "no JSON"),
+        ([], dict | str, "an object or text"),
+        ("step", transformers.IntervalStrategy | str, '"no", "steps", "epoch"'),
+    ],
+)
+def test_convert_refuses(value, hint, wanted):
+    with pytest.raises(ValueError, match=wanted.replace("(", r"\(")):
+        convert(value, hint)
+
+
+def test_every_own_field_and_every_default_survives_its_own_type():
+    from typing import get_type_hints
+
+    for cls in (ModelArguments, DataArguments, LoraArguments, TrainingArguments):
+        hints = get_type_hints(cls)
+        for entry in dataclasses.fields(cls):
+            default = entry.default if entry.default is not dataclasses.MISSING else entry.default_factory()
+            assert convert(default, hints[entry.name]) == default, entry.name
+
+
+def test_own_classes_suit_hf_argument_parser():
+    parser = transformers.HfArgumentParser((ModelArguments, DataArguments, LoraArguments, TrainingArguments))
+    model, data, lora, _ = parser.parse_args_into_dataclasses(
+        ["--model_name_or_path", "m", "--lora_rank", "4", "--packing", "false", "--use_cpu"], look_for_args_file=False
+    )
+    assert (model.model_name_or_path, lora.lora_rank, data.packing) == ("m", 4, False)
+
+
+# --- problems ---------------------------------------------------------------------------------------------------------
+
+
+def test_every_problem_at_once():
+    found = problems_of(
+        {
+            "train_file": None,
+            "learning_rte": 1,
+            "eval_strategy": "step",
+            "max_seq_length": 3.5,
+            "eval_steps": "x",
+            "label_smoothing_factor": 0.1,
+            "deepspeed": "a.json",
+            "lora_rank": 8,
+            "fp16": True,
+            "bf16": True,
+            "objective": "wedlm",
+            "warmup_steps": -1,
+        }
+    )
+    starts = [
+        "learning_rte is no argument; did you mean learning_rate?",
+        "eval_strategy is 'step': it must be one of",
+        "max_seq_length is 3.5: it must be a whole number",
+        "eval_steps is 'x': it must be a number or null",
+        "label_smoothing_factor is 0.1: the loss is the plain cross entropy",
+        "deepspeed is 'a.json': DeepSpeed is not available in this version",
+        "objective is wedlm, which is not available in this version; choose causal",
+        "lora_rank belongs to an adapter, and train_mode is full",
+        "train_file is not set",
+        "fp16 and bf16 are both true",
+        "Got warmup_steps = -1" if "Got warmup" in "".join(found) else "warmup_steps",
+    ]
+    assert [any(problem.startswith(start) for problem in found) for start in starts] == [True] * len(starts)
+    assert len(found) == len(starts), found
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("learning_rat", "learning_rate"),
+        ("trainfile", "train_file"),
+        ("lora_ranks", "lora_rank"),
+        ("num_train_epoch", "num_train_epochs"),
+        ("evaluation_strateg", "eval_strategy"),
+    ],
+)
+def test_unknown_key_names_its_nearest(key, meant):
+    assert only_problem({key: 1}) == f"{key} is no argument; did you mean {meant}?"
+
+
+def test_unknown_key_without_neighbour():
+    assert nearest("zzzzzzz", ["seed"]) == "--help all lists them"
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"config_name_or_path": "c"}, "both are set"),
+        ({"model_name_or_path": None}, "neither is set"),
+        ({"train_file": None}, "train_file is not set"),
+        ({"config_overrides": {"a": 1}}, "config_overrides changes a model that is trained from scratch"),
+        ({"quantization": "nf4"}, "quantization is nf4 and train_mode is full"),
+        ({"quantization": "int8", "train_mode": "lora"}, "quantization is int8 and train_mode is lora"),
+        ({"double_quantization": True}, "double_quantization belongs to train_mode qlora"),
+        (
+            {"double_quantization": True, "quantization": "int8", "train_mode": "qlora"},
+            "double_quantization belongs to quantization nf4",
+        ),
+        ({"dtype": "float16"}, "gradients below 6e-8 vanish"),
+        ({"lora_rank": 4, "use_dora": True}, "lora_rank, use_dora belong to an adapter"),
+        ({"adapter_name_or_path": "a"}, "adapter_name_or_path belongs to an adapter"),
+        ({"train_mode": "lora", "lora_rank": 0}, "lora_rank is 0: a rank is at least 1"),
+        ({"train_mode": "lora", "lora_alpha": 0}, "lora_alpha is 0"),
+        ({"train_mode": "lora", "lora_dropout": 1}, "lora_dropout is 1: it is a share in"),
+        ({"train_mode": "lora", "lora_target_modules": []}, "lora_target_modules is empty"),
+        ({"train_mode": "lora", "adapter_name_or_path": "a", "lora_rank": 4}, "brings its own settings"),
+        ({"train_mode": "lora", "lora_bias": "some"}, 'one of "none", "all", "lora_only"'),
+        ({"max_seq_length": 1}, "at least 2 tokens"),
+        ({"max_train_samples": 0}, "max_train_samples is 0"),
+        ({"max_eval_samples": 5}, "max_eval_samples is set and eval_file is not"),
+        ({"task_type": "dpo"}, "task_type is dpo, which is not available in this version; choose sft"),
+        ({"attention_backend": "flex"}, "choose auto or dense or segment"),
+        ({"fp16": True, "bf16": True}, "fp16 and bf16 are both true"),
+        ({"eval_strategy": "epoch"}, "eval_strategy is epoch, and eval_file is not set"),
+        ({"do_eval": True}, "do_eval is true, and eval_file is not set"),
+        ({"do_eval": False, "eval_file": "e"}, "do_eval is false, and eval_file is set"),
+        ({"do_train": False}, "do_train is false"),
+        ({"eval_file": "e", "load_best_model_at_end": True, "save_strategy": "no"}, "eval_strategy is no"),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size is 0"),
+        ({"num_train_epochs": 0}, "nothing would be trained"),
+        ({"learning_rate": -1}, "learning_rate is -1"),
+        ({"chat_template_kwargs": "x"}, "chat_template_kwargs is 'x': it must be an object"),
+        ({"ddp_backend": "carrier_pigeon"}, "ddp_backend is 'carrier_pigeon': it must be one of"),
+        ({"optim": "adamw_typo"}, "optim is 'adamw_typo': it must be one of"),
+    ],
+)
+def test_contradictions(values, sentence):
+    assert sentence in only_problem(values)
+
+
+def test_qlora_from_scratch():
+    found = problems_of({"model_name_or_path": None, "config_name_or_path": "c", "train_mode": "qlora"})
+    assert len(found) == 1
+    assert "train_mode qlora quantises trained weights" in found[0]
+
+
+def test_bfloat16_weights_in_full_mode_are_advised_against():
+    assert [note for note in parse_values({**GOOD, "dtype": "bfloat16"}).notes if "rounded away" in note]
+    assert parse_values({**GOOD, "dtype": "bfloat16", "train_mode": "lora"}).notes == []
+
+
+def test_secrets_stay_out_of_messages():
+    found = problems_of({"hub_token": ["hf_secret"], "push_to_hub_token": "hf_other"})
+    assert "hf_" not in "".join(found).replace("hf_sft", "")
+    assert "hf_other" not in "".join(parse_values({**GOOD, "push_to_hub_token": "hf_other"}).notes)
+
+
+# --- Hugging Face's fields --------------------------------------------------------------------------------------------
+
+
+def test_every_field_of_transformers_has_a_rule():
+    theirs = {entry.name for entry in dataclasses.fields(transformers.TrainingArguments)}
+    assert theirs - FIELD_RULES.keys() == set(), "decide in FIELD_RULES: honoured, or refused with a sentence"
+    assert FIELD_RULES.keys() - {entry.name for entry in dataclasses.fields(TrainingArguments)} == set()
+
+
+def test_defaults_are_allowed():
+    assert problems(TrainingArguments(use_cpu=True), packing=True) == []
+
+
+def test_changed_defaults():
+    args = TrainingArguments(use_cpu=True)
+    assert (args.remove_unused_columns, args.logging_nan_inf_filter, args.use_cache) == (False, False, False)
+    assert args.average_tokens_across_devices is True
+    assert args.accelerator_config.dispatch_batches is False
+
+
+REFUSED_EXAMPLES = {
+    "label_smoothing_factor": 0.1,
+    "train_sampling_strategy": "group_by_length",
+    "length_column_name": "n",
+    "use_liger_kernel": True,
+    "liger_kernel_config": {"rope": True},
+    "auto_find_batch_size": True,
+    "torch_compile": True,
+    "torch_compile_backend": "inductor",
+    "torch_compile_mode": "default",
+    "dataloader_multiprocessing_context": "spawn",
+    "dataloader_drop_last": True,
+    "dataloader_in_order": False,
+    "neftune_noise_alpha": 5.0,
+    "average_tokens_across_devices": False,
+    "remove_unused_columns": True,
+    "label_names": ["x"],
+    "include_for_metrics": ["loss"],
+    "use_cache": True,
+    "ignore_data_skip": True,
+    "bf16_full_eval": True,
+    "fp16_full_eval": True,
+    "do_predict": True,
+    "deepspeed": "ds.json",
+    "fsdp": True,
+    "fsdp_config": {"version": 2},
+    "parallelism_config": {"tp_size": 2},
+}
+
+
+def test_every_refusal_has_an_example():
+    assert {name for name, rule in FIELD_RULES.items() if rule is not None} == REFUSED_EXAMPLES.keys()
+
+
+@pytest.mark.parametrize("name", REFUSED_EXAMPLES)
+def test_refused_values_get_their_sentence(name):
+    rule = FIELD_RULES[name]
+    assert only_problem({name: REFUSED_EXAMPLES[name]}) == f"{name} is {REFUSED_EXAMPLES[name]!r}: {rule.why}"
+    args = TrainingArguments(use_cpu=True)
+    setattr(args, name, REFUSED_EXAMPLES[name])
+    assert problems(args, packing=True) == [f"{name} is {REFUSED_EXAMPLES[name]!r}: {rule.why}"]
+
+
+def test_neftune_is_for_padded_batches():
+    assert parse_values({**GOOD, "neftune_noise_alpha": 5, "packing": False}).training.neftune_noise_alpha == 5.0
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("split_batches", True), ("dispatch_batches", True), ("even_batches", False), ("use_seedable_sampler", False)],
+)
+def test_batches_are_ours_to_deal(name, value):
+    assert only_problem({"accelerator_config": {name: value}}).startswith(f"accelerator_config.{name} is {value}: ")
+    args = TrainingArguments(use_cpu=True, accelerator_config={name: value})
+    assert [problem.split(" ")[0] for problem in problems(args, packing=True)] == [f"accelerator_config.{name}"]
+
+
+def test_defaults_of_plain_training_arguments_are_nobodys_request():
+    assert problems(transformers.TrainingArguments(use_cpu=True), packing=True) == []
+    assert len(problems(transformers.TrainingArguments(use_cpu=True, use_cache=True), packing=True)) == 1
+
+
+def test_activation_checkpointing_under_its_name():
+    arguments = parse_values(
+        {**GOOD, "activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}}
+    )
+    assert arguments.training.activation_checkpointing is True
+    assert arguments.training.gradient_checkpointing is True  # what the Trainer of older releases reads
+    assert arguments.training.activation_checkpointing_kwargs == {"use_reentrant": False}

@@ -1,0 +1,115 @@
+"""``hf-sft`` and the help: quick, and errors reach users as one message."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+
+import pytest
+
+import hf_sft
+from hf_sft import cli
+from hf_sft.arguments import DataArguments, LoraArguments, ModelArguments
+from hf_sft.parsing import ArgumentsError, parse_args
+
+HEAVY = {"torch", "transformers", "datasets", "peft", "accelerate", "numpy", "yaml", "rich"}
+
+
+def run_python(code: str, *words: str) -> tuple[str, float]:
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done.stdout, time.perf_counter() - start
+
+
+SHOW_HEAVY = f"; import sys; print('loaded:', sorted({HEAVY!r} & set(sys.modules)))"
+
+
+def test_importing_the_package_loads_nothing():
+    out, seconds = run_python("import hf_sft; hf_sft.__version__; dir(hf_sft)" + SHOW_HEAVY)
+    assert "loaded: []" in out
+    assert seconds < 2  # a bare interpreter on a busy machine; the modules above are what would cost seconds
+
+
+@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["--version"], ["train", "-h"]])
+def test_help_is_answered_without_heavy_imports(words):
+    out, seconds = run_python("from hf_sft.cli import main; import sys; main(sys.argv[1:])" + SHOW_HEAVY, *words)
+    assert "loaded: []" in out
+    assert seconds < 2
+
+
+def test_train_help_lists_every_own_field(capsys):
+    assert cli.main(["train", "--help"]) == 0
+    out = capsys.readouterr().out
+    for cls in (ModelArguments, DataArguments, LoraArguments):
+        for name in cls.__dataclass_fields__:
+            assert f"  --{name} " in out
+    assert "--train_mode full|lora|qlora (default: full)" in out
+    assert "--lora_dropout NUMBER (default: 0.0)" in out
+    assert "--learning_rate" not in out
+
+
+@pytest.mark.parametrize("words", [["--help", "all"], ["--help=all"]])
+def test_help_all_adds_hugging_face(capsys, words):
+    with pytest.raises(SystemExit) as left:
+        parse_args(words)
+    assert left.value.code == 0
+    out = capsys.readouterr().out
+    assert "  --learning_rate NUMBER (default: 5e-05)" in out
+    assert "Other values are refused: DeepSpeed is not available" in out
+
+
+@pytest.mark.parametrize("columns", ["40", "80", "200"])
+def test_help_keeps_to_the_terminal(capsys, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", columns)
+    cli.print_requested_help(["--help"], "train.py")
+    lines = capsys.readouterr().out.splitlines()
+    assert max(len(line) for line in lines if line.startswith("      ")) <= int(columns)
+
+
+def test_version_and_commands(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"hf-sft {hf_sft.__version__}\n"
+    assert cli.main([]) == 0
+    out = capsys.readouterr().out
+    assert [name in out for name in cli.COMMANDS] == [True] * len(cli.COMMANDS)
+
+
+@pytest.mark.parametrize(("word", "hint"), [("trian", "did you mean train?"), ("xyz", "choose train or merge")])
+def test_unknown_command(capsys, word, hint):
+    assert cli.main([word]) == 2
+    assert capsys.readouterr().err == f"error: hf-sft has no command {word}; {hint}\n"
+
+
+@pytest.mark.parametrize(("result", "code"), [(None, 0), (0, 0), (3, 3)])
+def test_exit_codes(result, code):
+    assert cli.run_command(lambda argv: result, []) == code
+
+
+def test_user_errors_are_messages(capsys, monkeypatch):
+    def fail(argv):
+        raise ArgumentsError([f"{argv[0]} is wrong", "so is this"])
+
+    assert cli.run_command(fail, ["this"]) == 2
+    message = "error: the arguments have 2 problems:\n  - this is wrong\n  - so is this\n"
+    assert capsys.readouterr() == ("", message)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert cli.run_command(fail, ["this"]) == 2
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setenv("HF_SFT_TRACEBACK", "1")
+    with pytest.raises(ArgumentsError):
+        cli.run_command(fail, ["this"])
+
+
+def test_other_errors_keep_their_traceback():
+    with pytest.raises(RuntimeError):
+        cli.run_command(lambda argv: (_ for _ in ()).throw(RuntimeError("a bug")), [])
+
+
+def test_a_wrong_file_is_reported_before_anything_heavy():
+    code = "from hf_sft.cli import run_command; from hf_sft.parsing import parse_args; import sys; "
+    out, seconds = run_python(code + "print(run_command(parse_args, ['nowhere.json']))" + SHOW_HEAVY)
+    assert out.startswith("2\n")
+    assert "loaded: []" in out
+    assert seconds < 2
