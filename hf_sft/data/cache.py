@@ -1,0 +1,96 @@
+"""Folders of tokenised data: found by key, written whole or not at all, waited for by the ranks that do not write."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import socket
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+_POLL_SECONDS = 0.2
+_PATIENCE_SECONDS = 12 * 3600.0
+
+
+def default_cache_dir() -> Path:
+    """$HF_SFT_CACHE, else ~/.cache/hf_sft."""
+    return Path(os.environ.get("HF_SFT_CACHE") or Path.home() / ".cache" / "hf_sft")
+
+
+def hash_files(paths: Iterable[Path]) -> str:
+    """SHA-256 of the files' contents, in this order."""
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(f"{path.stat().st_size} ".encode())
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def cache_key(parts: dict[str, Any]) -> str:
+    """A folder name from all that the data depends on."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def is_local_main() -> bool:
+    """Whether this process prepares data for its machine."""
+    return int(os.environ.get("LOCAL_RANK") or 0) == 0
+
+
+def write_folder(folder: Path, write: Callable[[Path], None], *, replace: bool = False) -> None:
+    """Have ``write`` fill a temporary folder beside ``folder`` and rename it; on an error nothing is left.
+
+    Args:
+        replace: take the place of a folder that is there; else the one that is there first stays.
+
+    Raises:
+        ValueError: the place cannot be written to.
+    """
+    temporary, old = (folder.with_name(f".{folder.name}.{name}-{socket.gethostname()}-{os.getpid()}") for name in "no")
+    try:
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        raise ValueError(
+            f"The data cache {folder.parent} cannot be written to ({error}). Set data_cache_dir."
+        ) from None
+    try:
+        write(temporary)
+        while True:
+            try:
+                temporary.rename(folder)
+                return
+            except OSError:  # a folder is there: from before, or another process was faster
+                if not folder.is_dir():
+                    raise
+            if not replace:
+                return
+            with contextlib.suppress(FileNotFoundError):
+                folder.rename(old)
+            shutil.rmtree(old, ignore_errors=True)
+    finally:
+        for leftover in (temporary, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def wait_for_folder(folder: Path, patience: float = _PATIENCE_SECONDS) -> None:
+    """Wait until another process has finished ``folder``. It appears by a rename, so there are no half-written ones.
+
+    Polling, not a collective: preparing may take longer than a collective's timeout.
+
+    Raises:
+        TimeoutError: nothing came in ``patience`` seconds.
+    """
+    deadline = time.monotonic() + patience
+    while not folder.is_dir():
+        if time.monotonic() > deadline:
+            raise TimeoutError(
+                f"Waited {patience:.0f} s for the tokenised data at {folder}, which the process with LOCAL_RANK 0 "
+                "writes. See that process's log; all ranks of a machine must see the same data_cache_dir."
+            )
+        time.sleep(_POLL_SECONDS)

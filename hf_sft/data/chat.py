@@ -1,0 +1,256 @@
+"""From conversations to token rows: what the model must produce at inference is supervised, nothing else.
+
+A row is tokenised in pieces: each prompt apart from the answer that follows it, because at inference the prompt is
+tokenised before the answer exists. A piece after an answer begins with the end-of-turn token, which is supervised too.
+
+    text     <s>User: Hi\\nAssistant:| Hello!|</s>User: And?\\nAssistant:| Yes.|</s>
+    labels   -100 ...               |  ids   |id  -100 ...             |  ids |id
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal, TypedDict
+
+from hf_sft.data.formats import Conversation, check_messages, check_template_kwargs
+from hf_sft.data.spans import EncodingError, Markers, SpanFinder, TemplateRefusal, template_tags
+from hf_sft.data.templates import resolve_template, special_tokens
+
+__all__ = [
+    "IGNORE",
+    "ChatEncoder",
+    "EncodingError",
+    "TokenRow",
+    "TrainOn",
+    "encode_conversation",
+    "encode_conversations",
+]
+
+IGNORE = -100
+TrainOn = Literal["assistant", "last", "all"]
+# A piece that continues a text is tokenised behind one of these where the tokenizer would put a space before it.
+_ANCHORS = ("\n", ":", ">", "x")
+
+# A rendered conversation is cut into pieces: read, written by the model, read but for the end token at its beginning.
+_READ, _WRITTEN, _END, _ALL = range(4)
+Piece = tuple[str, int]
+
+
+class TokenRow(TypedDict):
+    """``labels`` has the length of ``input_ids``: the token itself where it is learned, else -100. Not shifted."""
+
+    input_ids: list[int]
+    labels: list[int]
+
+
+def encode_conversation(
+    tokenizer: Any,
+    messages: list[dict[str, Any]],
+    *,
+    tools: list[Any] | None = None,
+    train_on: TrainOn = "assistant",
+    chat_template_kwargs: dict[str, Any] | None = None,
+) -> TokenRow:
+    """Render and tokenise one conversation.
+
+    Args:
+        tokenizer: a fast tokenizer with a chat template.
+        messages: ``[{"role": ..., "content": ...}, ...]``; an assistant's message with ``train: false`` is not learned.
+        tools: function schemas for the template.
+        train_on: supervise every assistant turn with its end-of-turn token, the last one only, or all tokens.
+        chat_template_kwargs: variables for the template.
+
+    Returns:
+        ``{"input_ids", "labels"}``; see :class:`TokenRow`.
+
+    Raises:
+        EncodingError: the supervised spans are not certain; or a text holds a special token.
+        ValueError: the messages are not well formed, the tokenizer is slow or has no template.
+    """
+    conversation = Conversation(check_messages(messages), tools, check_template_kwargs(chat_template_kwargs))
+    (row,) = encode_conversations(tokenizer, [conversation], train_on=train_on)
+    if isinstance(row, EncodingError):
+        raise row
+    return row
+
+
+def encode_conversations(
+    tokenizer: Any, conversations: Sequence[Conversation], *, train_on: TrainOn = "assistant"
+) -> list[TokenRow | EncodingError]:
+    """The token row of each conversation, or the error that says why it has none; see :func:`encode_conversation`."""
+    return ChatEncoder(tokenizer).encode(conversations, train_on=train_on)
+
+
+class ChatEncoder:
+    """Encodes conversations with one tokenizer and template, batch by batch.
+
+    The tokenizer must not change while it is in use.
+
+    Args:
+        tokenizer: a fast tokenizer.
+        chat_template: Jinja text; the tokenizer's own by default.
+        chat_template_kwargs: variables for the template; those of a conversation win.
+
+    Raises:
+        ValueError: a slow tokenizer, or no template.
+    """
+
+    def __init__(
+        self, tokenizer: Any, chat_template: str | None = None, chat_template_kwargs: dict[str, Any] | None = None
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.backend = fast_backend(tokenizer)
+        self.template = chat_template or resolve_template(tokenizer, None)
+        self.template_kwargs = chat_template_kwargs or {}
+        special = special_tokens(tokenizer)
+        added = special | {token.content for token in tokenizer.added_tokens_decoder.values() if token.content.strip()}
+        self.special = _any_of(special)
+        border = re.compile(_any_of(added).pattern + r"|\s")
+        self.finder = SpanFinder(Markers(self.special, border, template_tags(self.template)))
+        self.special_ids = set(tokenizer.convert_tokens_to_ids(sorted(special)))
+        self._adds_prefix = any(self._begins_otherwise(probe) for probe in ("a", " a", "1"))
+
+    def _begins_otherwise(self, text: str) -> bool:
+        """Whether the text has other tokens alone than behind a line break: a space is put before it, or removed."""
+        alone, behind = self._tokenise([text, "\n" + text])
+        return behind[-len(alone) :] != alone
+
+    def encode(
+        self, conversations: Iterable[Conversation], *, train_on: TrainOn = "assistant"
+    ) -> list[TokenRow | EncodingError]:
+        """The token row of each conversation, or the error that says why it has none."""
+        if train_on not in ("assistant", "last", "all"):
+            raise ValueError(f"train_on is {train_on!r}; it must be assistant, last or all")
+        plans: list[list[tuple[str, int]] | EncodingError] = []
+        for conversation in conversations:
+            try:
+                plans.append(self._plan(conversation, train_on))
+            except EncodingError as error:
+                plans.append(EncodingError(str(error)))
+        ids = self._encode_pieces(piece for plan in plans if isinstance(plan, list) for piece in plan)
+        return [plan if isinstance(plan, EncodingError) else self._assemble(plan, ids) for plan in plans]
+
+    def _plan(self, conversation: Conversation, train_on: TrainOn) -> list[Piece]:
+        """The rendered conversation cut into pieces."""
+        messages = [{k: v for k, v in message.items() if k != "train"} for message in conversation.messages]
+        self._refuse_special(conversation, messages)
+        kwargs = {**self.template_kwargs, **(conversation.template_kwargs or {})}
+
+        def render(turns: list[dict[str, Any]], generation_prompt: bool) -> str:
+            return self._render(turns, conversation.tools, kwargs, generation_prompt)
+
+        text = render(messages, False)
+        if train_on == "all":
+            return [(text, _ALL)]
+        turns = [i for i, message in enumerate(conversation.messages) if message["role"] == "assistant"]
+        turns = [
+            i for i in (turns if train_on == "assistant" else turns[-1:]) if conversation.messages[i].get("train", True)
+        ]
+        if not turns:
+            return [(text, _READ)]
+        context = f"{conversation.tools} {kwargs}" if conversation.tools or kwargs else ""
+        pieces: list[Piece] = []
+        position, kind = 0, _READ
+        for span in self.finder.find(render, text, messages, tuple(turns), context):
+            pieces += [(text[position : span.start], kind), (text[span.start : span.end], _WRITTEN)]
+            position, kind = span.end, _END
+        return [*pieces, (text[position:], kind)]
+
+    def _render(
+        self, messages: list[dict[str, Any]], tools: list[Any] | None, kwargs: dict[str, Any], prompt: bool
+    ) -> str:
+        try:
+            text = self.tokenizer.apply_chat_template(
+                messages,
+                tools=tools,
+                chat_template=self.template,
+                add_generation_prompt=prompt,
+                tokenize=False,
+                **kwargs,
+            )
+            text.encode("utf-8")
+        except Exception as error:  # a template is code: it may raise whatever it likes
+            raise TemplateRefusal(
+                f"the chat template refuses the conversation: {type(error).__name__}: {error}"
+            ) from None
+        return text
+
+    def _refuse_special(self, conversation: Conversation, messages: list[dict[str, Any]]) -> None:
+        """A special token written as text would be read as that token: a turn could end inside a message."""
+        texts = [f"{text}" for message in messages for text in message.values()]
+        if conversation.tools:
+            texts.append(str(conversation.tools))
+        for text in texts:
+            found = self.special.search(text)
+            if found:
+                around = text[max(0, found.start() - 20) : found.end() + 20]
+                raise EncodingError(
+                    f"a text holds {found[0]!r} (...{around!r}...), which the tokenizer reads as a special token; "
+                    "remove it from the data"
+                )
+
+    def _encode_pieces(self, pieces: Iterable[Piece]) -> dict[tuple[str, bool], list[int] | EncodingError]:
+        """Token ids of each distinct text, by (text, whether it continues a text)."""
+        keys = list(dict.fromkeys((text, kind == _WRITTEN and self._adds_prefix) for text, kind in pieces))
+        anchor = _ANCHORS[0]
+        ids: list[Any] = self._tokenise([anchor + text if continues else text for text, continues in keys])
+        if self._adds_prefix:
+            lead = self._tokenise([anchor])[0]
+            for n, (text, continues) in enumerate(keys):
+                if continues:
+                    ids[n] = ids[n][len(lead) :] if ids[n][: len(lead)] == lead else self._continue(text)
+        return dict(zip(keys, ids, strict=True))
+
+    def _continue(self, text: str) -> list[int] | EncodingError:
+        """Tokens of a text that continues another, for a tokenizer that begins each text with a space."""
+        for anchor in _ANCHORS[1:]:
+            lead, ids = self._tokenise([anchor, anchor + text])
+            if ids[: len(lead)] == lead:
+                return ids[len(lead) :]
+        return EncodingError(
+            f"the tokenizer cannot continue a text with {text[:20]!r}: it has no token border before it"
+        )
+
+    def _tokenise(self, texts: list[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def _assemble(
+        self, plan: list[Piece], ids: dict[tuple[str, bool], list[int] | EncodingError]
+    ) -> TokenRow | EncodingError:
+        row = TokenRow(input_ids=[], labels=[])
+        for text, kind in plan:
+            piece = ids[text, kind == _WRITTEN and self._adds_prefix]
+            if isinstance(piece, EncodingError):
+                return piece
+            learned = len(piece) if kind in (_WRITTEN, _ALL) else 1 if kind == _END else 0
+            if kind == _END and piece[0] not in self.special_ids:
+                return EncodingError(
+                    "the tokenizer does not read the end-of-turn token as one token; do not split special tokens"
+                )
+            row["input_ids"] += piece
+            row["labels"] += piece[:learned] + [IGNORE] * (len(piece) - learned)
+        return row
+
+
+def fast_backend(tokenizer: Any) -> Any:
+    """The Rust tokenizer inside, with truncation and padding off.
+
+    Raises:
+        ValueError: a slow tokenizer, which has none.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise ValueError(
+            f"{type(tokenizer).__name__} is a slow tokenizer, and hf_sft needs a fast one. Load it with AutoTokenizer, "
+            "or convert it so that its folder has a tokenizer.json."
+        )
+    # State that calls of the tokenizer leave behind; it sets what it needs at each call.
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
+def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
+    """Matches any of the texts, the longest first; nothing at all if there are none."""
+    return re.compile("|".join(map(re.escape, sorted(texts, key=lambda text: (-len(text), text)))) or r"(?!)")

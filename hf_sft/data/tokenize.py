@@ -1,0 +1,136 @@
+"""Token rows: lengths, checks, and the count of what became of each record."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+from hf_sft.data.chat import IGNORE, EncodingError, TokenRow
+
+Overlength = Literal["drop", "truncate", "error"]
+_MOST_EXAMPLES = 10
+
+
+def supervised_tokens(labels: list[int]) -> int:
+    """How many tokens are learned; the first token of a row has none before it and is never predicted."""
+    return len(labels) - labels.count(IGNORE) - (bool(labels) and labels[0] != IGNORE)
+
+
+def truncate_row(row: TokenRow, max_length: int) -> TokenRow:
+    """The first ``max_length`` tokens. An answer that is cut loses its end-of-turn token: it is not taught to stop."""
+    return TokenRow(input_ids=row["input_ids"][:max_length], labels=row["labels"][:max_length])
+
+
+def is_token_row(value: Any) -> bool:
+    """Whether a record claims to be tokenised already."""
+    return isinstance(value, Mapping) and value.get("input_ids") is not None
+
+
+def check_token_row(value: Mapping[str, Any], vocabulary: int | None = None) -> TokenRow:
+    """A token row as it came, with plain lists.
+
+    Args:
+        value: has ``input_ids`` and ``labels``; other keys are left out.
+        vocabulary: token ids must be below this.
+
+    Raises:
+        EncodingError: no labels, unequal lengths, no tokens, or numbers that are no token ids.
+    """
+    if value.get("labels") is None:
+        raise EncodingError("a token row has input_ids and no labels; add labels, -100 where nothing is learned")
+    columns = {}
+    for name in ("input_ids", "labels"):
+        try:
+            array = np.asarray(value[name])
+        except (TypeError, ValueError):  # rows within rows, of unequal lengths
+            array = np.empty((0, 0))
+        if array.ndim != 1 or not (array.dtype.kind in "iu" or array.size == 0):
+            raise EncodingError(f"{name} of a token row must be a flat list of whole numbers")
+        columns[name] = array
+    ids, labels = columns["input_ids"], columns["labels"]
+    if len(ids) != len(labels):
+        raise EncodingError(
+            f"a token row has {len(ids)} input_ids and {len(labels)} labels; they must be of one length"
+        )
+    if not len(ids):
+        raise EncodingError("a token row has no tokens")
+    learned = labels[labels != IGNORE]
+    highest, lowest = max(ids.max(), learned.max(initial=0)), min(ids.min(), learned.min(initial=0))
+    limit = vocabulary or 2**31
+    if lowest < 0 or highest >= limit:
+        wrong = lowest if lowest < 0 else highest
+        raise EncodingError(f"a token row holds {wrong}, but token ids are 0 to {limit - 1} (labels also -100)")
+    return TokenRow(input_ids=ids.tolist(), labels=labels.tolist())
+
+
+@dataclass
+class RowCounts:
+    """What became of the records: read = kept + dropped + bad."""
+
+    source: str
+    read: int = 0
+    kept: int = 0
+    overlength: int = 0
+    unsupervised: int = 0
+    truncated: int = 0
+    tokens: int = 0
+    supervised: int = 0
+    longest: int = 0
+    bad: Counter[str] = field(default_factory=Counter)
+    bad_examples: list[str] = field(default_factory=list)
+
+    def add_bad(self, place: str, reason: str) -> None:
+        """Count a record that is left out; reasons that differ in numbers and quotations count together."""
+        kind = re.sub(r"\d+", "N", re.split(r": |[('\"]|; ", reason)[0]).strip()
+        self.bad[kind or "other"] += 1
+        if len(self.bad_examples) < _MOST_EXAMPLES:
+            self.bad_examples.append(f"{place}: {reason}")
+
+    def fit(self, row: TokenRow, max_length: int, overlength: Overlength) -> TokenRow | None:
+        """The row as it is kept, or None where it is dropped (too long, or nothing to learn in it); counted either way.
+
+        Raises:
+            EncodingError: too long, and ``overlength`` is ``error``.
+        """
+        length = len(row["input_ids"])
+        cut = length > max_length
+        if cut and overlength == "error":
+            raise EncodingError(
+                f"{length} tokens, but max_seq_length is {max_length}; raise it, or set overlength to drop or truncate"
+            )
+        if cut and overlength == "drop":
+            self.overlength += 1
+            return None
+        if cut:
+            row = truncate_row(row, max_length)
+        learned = supervised_tokens(row["labels"])
+        if not learned:
+            self.unsupervised += 1
+            return None
+        self.truncated += cut
+        self.kept += 1
+        self.tokens += len(row["input_ids"])
+        self.supervised += learned
+        self.longest = max(self.longest, len(row["input_ids"]))
+        return row
+
+    def report(self) -> dict[str, Any]:
+        """The counts as plain values for ``data_report.json``."""
+        return {
+            "source": self.source,
+            "records": self.read,
+            "kept": self.kept,
+            "dropped": {"overlength": self.overlength, "no_supervised_token": self.unsupervised},
+            "bad": {"count": self.bad.total(), "reasons": dict(self.bad), "examples": self.bad_examples},
+            "truncated": self.truncated,
+            "tokens": self.tokens,
+            "supervised_tokens": self.supervised,
+            "supervised_share": self.supervised / self.tokens if self.tokens else 0.0,
+            "longest": self.longest,
+            "mean_length": self.tokens / self.kept if self.kept else 0.0,
+        }
