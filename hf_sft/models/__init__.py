@@ -1,0 +1,1 @@
+"""Loading of tokenizers and models, their vocabularies, quantised bases and adapters."""

@@ -1,0 +1,376 @@
+"""LoRA adapters through PEFT: new ones, existing ones, their float32 weights, and what of a model is trained.
+
+An adapter adds scale * B A to a frozen weight W [out, in], with A [r, in], B [out, r] and scale = alpha / r
+(Hu et al., arXiv 2106.09685).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import (
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    TaskType,
+    get_peft_model,
+    set_peft_model_state_dict,
+)
+from peft.utils import ModulesToSaveWrapper, load_peft_weights
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from hf_sft.arguments import LoraArguments
+from hf_sft.models.quantization import STATE_SPACE_BARE_LAYERS, STATE_SPACE_TYPES
+from hf_sft.models.vocabulary import grow_embeddings, heads_are_tied, vocabulary_rows
+
+logger = logging.getLogger(__name__)
+
+ALL_LINEAR = "all-linear"
+_ADAPTABLE = (nn.Linear, Conv1D, nn.Embedding, nn.Conv1d, nn.Conv2d)
+
+
+def add_adapter(
+    base: PreTrainedModel,
+    lora: LoraArguments,
+    *,
+    new_token_ids: Sequence[int] = (),
+    training: Any = None,
+    revision: str | None = None,
+) -> PeftModel:
+    """Freeze ``base`` and put an adapter with float32 weights on it: a new one, or ``adapter_name_or_path`` to go on with.
+
+    Args:
+        new_token_ids: rows of the vocabulary that begin untrained and are trained along.
+
+    Raises:
+        ValueError: names that match no layer, or an adapter that does not fit the base.
+    """
+    base.requires_grad_(False)
+    if lora.adapter_name_or_path is None:
+        config = lora_config(base, lora, new_token_ids)
+        config.revision = revision
+        model = _wrap(base, config)
+    else:
+        model = load_adapter(base, lora.adapter_name_or_path, is_trainable=True)
+        _warn_of_other_shape(model, lora)
+        _require_trained_rows(model, new_token_ids)
+    # Reentrant checkpointing cuts the graph where no input requires a gradient, as behind a frozen embedding.
+    if _reentrant_checkpointing(training):
+        base.enable_input_require_grads()
+    return model
+
+
+def lora_config(base: PreTrainedModel, lora: LoraArguments, new_token_ids: Sequence[int] = ()) -> LoraConfig:
+    """The PEFT configuration of a new adapter on ``base``."""
+    targets, excluded = target_modules(base, lora.lora_target_modules)
+    saved, tie = _saved_modules(base, lora.modules_to_save)
+    return LoraConfig(
+        task_type=TaskType.CAUSAL_LM,
+        r=lora.lora_rank,
+        lora_alpha=lora.lora_alpha,  # type: ignore[arg-type]  # PEFT takes any number
+        lora_dropout=lora.lora_dropout,
+        target_modules=targets,
+        exclude_modules=excluded or None,
+        bias=lora.lora_bias,
+        use_dora=lora.use_dora,
+        use_rslora=lora.use_rslora,
+        modules_to_save=saved or None,
+        ensure_weight_tying=tie,
+        trainable_token_indices=_token_rows(base, new_token_ids, [*saved, *targets]) or None,
+    )
+
+
+def target_modules(base: PreTrainedModel, names: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(names, full names to leave out) for PEFT, which matches a name against the end of a module's full name.
+
+    ``all-linear`` means every linear layer but the head.
+    """
+    head, tied = _head_name(base), heads_are_tied(base)
+    linear = dict(_linear_layers(base))
+    state_space = getattr(base.config, "model_type", None) in STATE_SPACE_TYPES
+    wanted: list[str] = []
+    for name in names:
+        if name == ALL_LINEAR:
+            skipped = STATE_SPACE_BARE_LAYERS if state_space else frozenset()
+            wanted += [full for full in linear if full != head and _last(full) not in skipped]
+            _warn_of_experts(base)
+            continue
+        hits = {full: module for full, module in base.named_modules() if full == name or full.endswith(f".{name}")}
+        if not hits or not all(isinstance(module, _ADAPTABLE) for module in hits.values()):
+            why = (
+                "matches no layer"
+                if not hits
+                else f"is a {type(next(iter(hits.values()))).__name__}, which takes no adapter"
+            )
+            candidates = sorted({_last(full) for full in linear if full != head})
+            raise ValueError(f"lora_target_modules: {name!r} {why}. Candidates: {ALL_LINEAR}, {', '.join(candidates)}.")
+        if state_space and _last(name) in STATE_SPACE_BARE_LAYERS:
+            raise ValueError(
+                f"lora_target_modules: {name!r} of a {base.config.model_type} model takes no adapter; leave it out."
+            )
+        if tied and any(module is base.get_input_embeddings() or full == head for full, module in hits.items()):
+            raise ValueError(
+                f"lora_target_modules: {name!r} is tied, embedding and head share one weight, and an adapter would change one "
+                "of the two. Train it in full by modules_to_save."
+            )
+        wanted += list(hits)
+    suffixes = sorted({_last(full) for full in wanted})
+    chosen = set(wanted)
+    excluded = [
+        full for full, module in base.named_modules() if _last(full) in suffixes and full not in chosen and full
+    ]
+    return suffixes, sorted(excluded)
+
+
+def load_adapter(base: PreTrainedModel, folder: str, *, is_trainable: bool = False) -> PeftModel:
+    """Put the LoRA adapter at ``folder`` (or a hub name) on ``base``; the vocabulary grows if the adapter trained more rows.
+
+    Unlike ``PeftModel.from_pretrained`` it refuses an adapter that misses a tensor, and keeps saved modules in float32.
+
+    Raises:
+        ValueError: no LoRA adapter there, unreadable weights, or an adapter of another base.
+    """
+    config = read_adapter_config(folder)
+    try:
+        weights = load_peft_weights(folder, device="cpu")
+    except Exception as error:  # safetensors, hub and pickle errors have no common base
+        raise ValueError(f"The weights of adapter {folder!r} could not be read: {error}") from error
+    unfit = f"Adapter {folder!r} (trained on {config.base_model_name_or_path!r}) does not fit the base {base.name_or_path!r}"
+    config.inference_mode = not is_trainable
+    config.base_model_name_or_path = base.name_or_path
+    grow_to_adapter(base, config, weights)
+    try:
+        model = _wrap(base, config)
+        result: Any = set_peft_model_state_dict(model, weights)
+    except (ValueError, RuntimeError, KeyError) as error:
+        raise ValueError(f"{unfit}: {str(error).strip()[:300]}") from error
+    expected = {name for name, parameter in model.named_parameters() if parameter.requires_grad or ".lora_" in name}
+    if missing := sorted(expected & set(result.missing_keys)):
+        raise ValueError(f"{unfit}: it lacks {len(missing)} tensors, for example {missing[0]}.")
+    if extra := result.unexpected_keys:
+        raise ValueError(f"{unfit}: the base has no place for {len(extra)} of its tensors, for example {extra[0]}.")
+    return model
+
+
+def _wrap(base: PreTrainedModel, config: LoraConfig) -> PeftModel:
+    """``base`` with the adapter's modules in place, everything trained in float32."""
+    with warnings.catch_warnings():
+        # peft 0.21 asks by the name that transformers 5.23 renamed; to be removed with the next peft.
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+        model = get_peft_model(base, config, autocast_adapter_dtype=True)
+    _hold_saved_modules_in_float32(model)
+    return model
+
+
+def read_adapter_config(folder: str) -> LoraConfig:
+    """The adapter_config.json at ``folder`` or hub name; ValueError if there is none or it is no LoRA adapter's."""
+    path = Path(folder)
+    if path.exists() and not (path / "adapter_config.json").is_file():
+        raise ValueError(f"{folder!r} holds no adapter_config.json, so it is no adapter.")
+    try:
+        config = PeftConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"No adapter could be read from {folder!r}: {error}") from error
+    if not isinstance(config, LoraConfig):
+        raise ValueError(
+            f"{folder!r} is a {config.peft_type} adapter; only LoRA adapters (with DoRA, rsLoRA) are supported."
+        )
+    return config
+
+
+def grow_to_adapter(base: PreTrainedModel, config: LoraConfig, weights: dict[str, torch.Tensor]) -> None:
+    """Grow the vocabulary of ``base`` to the rows that the adapter trained or saved."""
+    rows = vocabulary_rows(base)
+    indices = config.trainable_token_indices or []
+    lists = indices.values() if isinstance(indices, dict) else [indices]
+    needed = max((1 + max(ids) for ids in lists if ids), default=0)
+    names = [
+        _name_of(base, module)
+        for module in (base.get_input_embeddings(), base.get_output_embeddings())
+        if module is not None
+    ]
+    for key, tensor in weights.items():
+        saved_whole = any(
+            f".{name}.weight" in key or f".{name}.token_adapter.base_layer.weight" in key for name in names
+        )
+        needed = max(needed, tensor.shape[0] if saved_whole else 0)
+    if needed > rows:
+        grow_embeddings(base, needed)
+
+
+def trainable_parameters(model: nn.Module) -> tuple[int, int]:
+    """(trained, all) numbers in ``model``: a 4-bit weight counts its true size, a shard under ZeRO-3 its whole."""
+    trained = total = 0
+    for parameter in model.parameters():
+        state = getattr(parameter, "quant_state", None)
+        count = (
+            int(torch.Size(state.shape).numel())
+            if state is not None
+            else getattr(parameter, "ds_numel", parameter.numel())
+        )
+        total += count
+        trained += count if parameter.requires_grad else 0
+    return trained, total
+
+
+def summary(model: nn.Module) -> str:
+    """One line about what is trained."""
+    trained, total = trainable_parameters(model)
+    return f"Trainable parameters: {trained:,} of {total:,} ({100 * trained / max(1, total):.3g} %)"
+
+
+def save_adapter(
+    model: PeftModel, folder: str, state_dict: dict[str, torch.Tensor] | None = None, **keywords: Any
+) -> None:
+    """Write the adapter alone.
+
+    PEFT adds both whole vocabulary matrices when the vocabulary has grown; where all new rows are adapter weights already, they
+    stay out.
+    """
+    config: Any = model.peft_config[str(model.active_adapter)]
+    base: Any = model.get_base_model()
+    indices = config.trainable_token_indices or {}
+    held = {_last(name) for name in [*(indices if isinstance(indices, dict) else {}), *(config.modules_to_save or [])]}
+    needed = {_last(_name_of(base, base.get_input_embeddings()))}
+    if (head := _head_name(base)) is not None and not base.config.get_text_config().tie_word_embeddings:
+        needed.add(_last(head))
+    covered = needed <= held
+    model.save_pretrained(folder, state_dict=state_dict, save_embedding_layers=False if covered else "auto", **keywords)
+
+
+def _token_rows(base: PreTrainedModel, ids: Sequence[int], trained_otherwise: Sequence[str]) -> dict[str, list[int]]:
+    """Which rows of which layers are trained; an untied head has rows of its own."""
+    if not ids:
+        return {}
+    layers = {_name_of(base, base.get_input_embeddings()): base.get_input_embeddings()}
+    head = base.get_output_embeddings()
+    if head is not None and getattr(head, "bias", None) is not None:  # PEFT's wrapper computes x W^T and drops it
+        if heads_are_tied(base):
+            raise ValueError(
+                "New tokens under an adapter need a head without a bias when it is tied; use train_mode full."
+            )
+        warnings.warn(
+            f"{_name_of(base, head)} has a bias, so its rows of new tokens are not trained under an adapter: the model reads the "
+            "new tokens but learns little about writing them. Add it to modules_to_save, or use train_mode full.",
+            stacklevel=4,
+        )
+    elif head is not None and not heads_are_tied(base):
+        layers[_name_of(base, head)] = head
+    taken = {_last(name) for name in trained_otherwise}
+    return {name: list(ids) for name in layers if _last(name) not in taken}
+
+
+def _saved_modules(base: PreTrainedModel, names: Sequence[str]) -> tuple[list[str], bool]:
+    """(modules trained in full, whether a tied pair is among them, which is then trained as one)."""
+    for name in names:
+        if not any(full == name or full.endswith(f".{name}") for full, _ in base.named_modules()):
+            raise ValueError(
+                f"modules_to_save: {name!r} matches no module. Candidates: "
+                f"{', '.join(sorted({_last(full) for full, _ in base.named_modules() if full and not _last(full).isdigit()}))}."
+            )
+    embedding, head = _last(_name_of(base, base.get_input_embeddings())), _last(_head_name(base) or "")
+    if not heads_are_tied(base) or not {embedding, head} & {_last(name) for name in names}:
+        return list(names), False
+    if embedding != "embed_tokens":
+        raise ValueError(
+            f"modules_to_save {list(names)}: {embedding} and {head} share one weight, which PEFT can train as one only where the "
+            "embedding is called embed_tokens. Use train_mode full."
+        )
+    return [name for name in names if _last(name) not in (embedding, head)] + [embedding], True
+
+
+def _hold_saved_modules_in_float32(model: PeftModel) -> None:
+    """Trained copies of modules get float32 weights like the rest of the adapter (PEFT leaves them in the base's type).
+
+    Their inputs and outputs keep the base's type, with and without autocast.
+    """
+
+    def inward(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(arg.float() if torch.is_tensor(arg) and arg.is_floating_point() else arg for arg in args)
+
+    def outward(dtype: torch.dtype) -> Any:
+        return lambda module, args, output: output.to(dtype) if torch.is_tensor(output) else output
+
+    for wrapper in model.modules():
+        if isinstance(wrapper, ModulesToSaveWrapper):
+            for copy in wrapper.modules_to_save.values():
+                low = {p.dtype for p in copy.parameters() if p.is_floating_point() and p.dtype != torch.float32}
+                original = {p.dtype for p in wrapper.original_module.parameters()} - {torch.float32}
+                if low or original:  # a tied partner may have been cast through the shared parameter already
+                    copy.float()
+                    copy.register_forward_pre_hook(inward)
+                    copy.register_forward_hook(outward((original or low).pop()))
+
+
+def _warn_of_other_shape(model: PeftModel, lora: LoraArguments) -> None:
+    """The shape of an existing adapter stands; arguments that were set to something else are named."""
+    config: Any = model.peft_config[str(model.active_adapter)]
+    names = {
+        "lora_rank": "r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout", "lora_bias": "bias",
+        "use_dora": "use_dora", "use_rslora": "use_rslora",
+    }  # fmt: skip
+    defaults = {item.name: item.default for item in fields(LoraArguments)}
+    ignored = [
+        f"{name} {getattr(lora, name)} (the adapter has {getattr(config, theirs)})"
+        for name, theirs in names.items()
+        if getattr(lora, name) not in (defaults[name], getattr(config, theirs))
+    ]
+    if ignored:
+        warnings.warn(f"adapter_name_or_path keeps its own shape; not used: {', '.join(ignored)}.", stacklevel=4)
+
+
+def _require_trained_rows(model: PeftModel, new_token_ids: Sequence[int]) -> None:
+    """New tokens need rows that the existing adapter trains."""
+    base: Any = model.get_base_model()
+    config: Any = model.peft_config[str(model.active_adapter)]
+    indices = config.trainable_token_indices or []
+    trained = set().union(*indices.values()) if isinstance(indices, dict) else set(indices)
+    saved = {_last(name) for name in config.modules_to_save or []}
+    embedding = _last(_name_of(base, base.get_input_embeddings()))
+    if (lost := sorted(set(new_token_ids) - trained)) and embedding not in saved:
+        raise ValueError(
+            f"The adapter trains no rows for the new tokens with ids {lost[:5]}; rows cannot be added to an existing adapter. "
+            "Merge it first (hf-sft merge) and start from the merged model."
+        )
+
+
+def _warn_of_experts(base: nn.Module) -> None:
+    if any(parameter.ndim == 3 and "experts" in name for name, parameter in base.named_parameters()):
+        warnings.warn(
+            "The experts of this model are 3-D parameters, which all-linear (and nf4) does not reach: they stay as they are.",
+            stacklevel=5,
+        )
+
+
+def _reentrant_checkpointing(training: Any) -> bool:
+    on = getattr(training, "activation_checkpointing", False) or getattr(training, "gradient_checkpointing", False)
+    settings = getattr(training, "activation_checkpointing_kwargs", None) or getattr(
+        training, "gradient_checkpointing_kwargs", None
+    )
+    return bool(on) and bool((settings or {}).get("use_reentrant", False))
+
+
+def _linear_layers(base: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    return ((name, module) for name, module in base.named_modules() if isinstance(module, (nn.Linear, Conv1D)))
+
+
+def _head_name(base: Any) -> str | None:
+    head = base.get_output_embeddings()
+    return None if head is None else _name_of(base, head)
+
+
+def _name_of(base: nn.Module, wanted: nn.Module) -> str:
+    return next(name for name, module in base.named_modules() if module is wanted)
+
+
+def _last(name: str) -> str:
+    return name.rsplit(".", 1)[-1]

@@ -1,0 +1,352 @@
+"""Tokenizers and models as the arguments ask for them: from a folder, from the hub, or from a config alone."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import logging
+import os
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from hf_sft.arguments import LoraArguments, ModelArguments
+from hf_sft.checks import check_lora, check_model
+from hf_sft.models.quantization import keep_trainable_on_cpu, quantization_config, quantized_device
+from hf_sft.models.vocabulary import add_special_tokens, resize_embeddings
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+logger = logging.getLogger(__name__)
+
+# Tokens that vocabularies hold for padding and that no text contains.
+_PAD_NAMES = ("<pad>", "[PAD]", "<|pad|>", "<|padding|>", "<|finetune_right_pad_id|>", "<|endoftext|>", "<unk>")
+_WEIGHT_PATTERNS = ("*.safetensors", "*.bin", "*.safetensors.index.json")
+
+
+def load_tokenizer(model: ModelArguments, *, chat_template: str | None = None) -> PreTrainedTokenizerFast:
+    """The model's tokenizer, or the one named by ``tokenizer_name_or_path``, with the new special tokens and a pad token.
+
+    Args:
+        chat_template: text of a Jinja template; it replaces the tokenizer's own and is saved with it.
+
+    Raises:
+        ValueError: no tokenizer there, or one that is not fast (spans are found by its offsets).
+    """
+    name = model.tokenizer_name_or_path or model.model_name_or_path or _folder_of(model.config_name_or_path)
+    if name is None:
+        raise ValueError(
+            "No tokenizer is named; set model_name_or_path, or tokenizer_name_or_path to train from scratch."
+        )
+    _require_place(name, "tokenizer")
+    revision = model.model_revision if name == model.model_name_or_path else None
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(
+            name, revision=revision, trust_remote_code=model.trust_remote_code, use_fast=True
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"No tokenizer could be loaded from {name!r}{_not_local(name)}: {_first_line(error)} "
+            "Set tokenizer_name_or_path to a folder or hub name that holds a tokenizer.json."
+        ) from error
+    if not tokenizer.is_fast or len(tokenizer) == 0:
+        raise ValueError(f"{name!r} gives no fast tokenizer with a vocabulary; a tokenizer.json is needed.")
+    add_special_tokens(tokenizer, model.new_special_tokens)
+    _ensure_pad_token(tokenizer, name)
+    tokenizer.padding_side = "right"
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
+    return tokenizer
+
+
+def load_model(
+    model: ModelArguments,
+    lora: LoraArguments | None = None,
+    *,
+    tokenizer: PreTrainedTokenizerFast | None = None,
+    training: Any = None,
+) -> PreTrainedModel | PeftModel:
+    """The model to train: full weights, or a frozen base with an adapter.
+
+    Args:
+        tokenizer: gives new tokens their rows; from scratch, it sets the size of the vocabulary and the special ids.
+        training: training arguments, for the device, the engine and activation checkpointing.
+
+    Raises:
+        ValueError: the arguments contradict each other, or the weights are missing, incomplete, unreadable or quantised already.
+    """
+    lora = lora or LoraArguments()
+    _check_request(model, lora)
+    dtype = resolve_dtype(model, lora, training)
+    if model.config_name_or_path is not None:
+        config = scratch_config(model, tokenizer)
+        loaded = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=model.trust_remote_code)
+    else:
+        loaded = _load_weights(model, dtype, training)
+    # Padding is masked by position, so its row gets no gradient anyway; where pad is eos, eos must have one.
+    embedding: Any = loaded.get_input_embeddings()
+    if getattr(embedding, "padding_idx", None) is not None:
+        embedding.padding_idx = None
+    new_ids = resize_embeddings(loaded, tokenizer) if tokenizer is not None else []
+    if model.train_mode == "full":
+        return loaded
+    from hf_sft.models.adapters import add_adapter
+
+    return add_adapter(loaded, lora, new_token_ids=new_ids, training=training, revision=model.model_revision)
+
+
+def resolve_dtype(model: ModelArguments, lora: LoraArguments, training: Any = None) -> torch.dtype:
+    """Type of the loaded weights: float32 for full training, bfloat16 for a frozen base, unless ``dtype`` says otherwise.
+
+    Trained biases are the base's own parameters; where there are some, a frozen base is float32 as well.
+    """
+    if model.dtype is None:
+        in_float32 = model.train_mode == "full" or lora.lora_bias != "none"
+        return torch.float32 if in_float32 else torch.bfloat16
+    dtype = getattr(torch, model.dtype)
+    has_masters = bool(getattr(training, "deepspeed", None))
+    if dtype != torch.float32 and model.train_mode == "full" and not has_masters:
+        warnings.warn(
+            f"dtype {model.dtype} with train_mode full: the optimizer's steps are smaller than the spacing of {model.dtype} "
+            "numbers and most are rounded away, so the weights hardly move. Leave dtype unset (float32) and set bf16: true for "
+            "the speed of bfloat16, or use an engine or optimizer that keeps float32 master weights.",
+            stacklevel=3,
+        )
+    if dtype != torch.float32 and model.train_mode != "full" and lora.lora_bias != "none":
+        warnings.warn(
+            f"lora_bias {lora.lora_bias} with dtype {model.dtype}: the trained biases are {model.dtype} numbers too and hardly "
+            "move. Leave dtype unset or set float32.",
+            stacklevel=3,
+        )
+    return dtype
+
+
+def check_max_seq_length(model: PreTrainedModel | PretrainedConfig, max_seq_length: int) -> None:
+    """Raise ValueError if ``max_seq_length`` (tokens) is beyond the positions the model knows; models without positions pass."""
+    whole: Any = getattr(model, "config", model)
+    config = whole.get_text_config()
+    known = getattr(config, "max_position_embeddings", None)
+    if not isinstance(known, int) or known <= 0:
+        return
+    rope = getattr(config, "rope_parameters", None) or {}
+    original, factor = rope.get("original_max_position_embeddings"), rope.get("factor")
+    if original and factor:
+        known = max(known, int(original * factor))
+    if max_seq_length > known:
+        raise ValueError(
+            f"max_seq_length {max_seq_length} is beyond the model's {known} positions. Set max_seq_length to at most {known}, "
+            "or take a model with a longer context (from scratch: config_overrides max_position_embeddings)."
+        )
+
+
+def scratch_config(model: ModelArguments, tokenizer: PreTrainedTokenizerFast | None = None) -> PretrainedConfig:
+    """The config of a model from scratch: the named one, changed by ``config_overrides``, with the tokenizer's ids.
+
+    Raises:
+        ValueError: a field that the config does not have (with the nearest), or values that do not fit together.
+    """
+    name = str(model.config_name_or_path)
+    overrides = _overrides(model.config_overrides)
+    config = load_config(name, model)
+    known = {*config.to_dict(), *config.attribute_map} - {"quantization_config"}
+    if unknown := [key for key in overrides if key not in known]:
+        hints = [f"{key} (nearest: {', '.join(difflib.get_close_matches(key, known, 1)) or 'none'})" for key in unknown]
+        raise ValueError(f"config_overrides: a {config.model_type} config has no field {'; '.join(hints)}.")
+    fields, _ = PretrainedConfig.get_config_dict(name, revision=model.model_revision)
+    fields.pop("quantization_config", None)
+    layers = overrides.get("num_hidden_layers")
+    if isinstance(layers, int) and "layer_types" in fields and "layer_types" not in overrides:
+        kept = fields.pop("layer_types")  # one entry per layer; shorter is a prefix, longer is the class's own default
+        if layers <= len(kept):
+            fields["layer_types"] = kept[:layers]
+    try:
+        config = type(config).from_dict({**fields, **overrides})
+    except Exception as error:  # config classes validate by exceptions of many types
+        raise ValueError(f"config_overrides {overrides} do not fit {name!r}: {error}") from error
+    if tokenizer is not None:
+        _fit_to_tokenizer(config.get_text_config(), tokenizer, asked="vocab_size" in overrides)
+    return config
+
+
+def _fit_to_tokenizer(config: PretrainedConfig, tokenizer: PreTrainedTokenizerFast, *, asked: bool) -> None:
+    """Vocabulary at least the tokenizer's, and its special ids."""
+    if config.vocab_size < len(tokenizer):
+        message = f"vocab_size {config.vocab_size} raised to the tokenizer's {len(tokenizer)} tokens."
+        warnings.warn(message, stacklevel=4) if asked else logger.info(message)
+        config.vocab_size = len(tokenizer)
+    config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+    # An embedding zeroes the row of its padding index: eos must not be that.
+    config.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id != tokenizer.eos_token_id else None
+
+
+def _load_weights(model: ModelArguments, dtype: torch.dtype, training: Any) -> PreTrainedModel:
+    """A pretrained causal LM, checked to be complete; quantised on the way in under qlora."""
+    name = str(model.model_name_or_path)
+    _require_place(name, "model")
+    _require_weights(name)
+    config = load_config(name, model)
+    if getattr(config, "quantization_config", None):
+        raise ValueError(
+            f"{name!r} is quantised already; training starts from the original weights (train_mode qlora quantises them itself)."
+        )
+    extra: dict[str, Any] = {}
+    if model.train_mode == "qlora":
+        kind = model.quantization or "nf4"
+        extra["quantization_config"] = quantization_config(kind, dtype, config, double=model.double_quantization)
+        extra["device_map"] = {"": quantized_device(training)}
+    try:
+        outcome: Any = AutoModelForCausalLM.from_pretrained(
+            name,
+            config=config,
+            dtype=dtype,
+            revision=model.model_revision,
+            trust_remote_code=model.trust_remote_code,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **extra,
+        )  # fmt: skip  (mismatched sizes are refused below, by name)
+    except (OSError, SafetensorError, RuntimeError, KeyError) as error:
+        raise ValueError(f"The weights of {name!r} could not be loaded: {_first_line(error)}") from error
+    loaded, info = outcome
+    _check_complete(name, info)
+    loaded.train()  # as from_config; Trainer sets it for each phase
+    if model.train_mode == "qlora":
+        if (model.quantization or "nf4") == "nf4":
+            keep_trainable_on_cpu(loaded)
+        loaded.requires_grad_(False)
+    return loaded
+
+
+def _check_complete(name: str, info: dict[str, Any]) -> None:
+    """Weights that had to be made up are refused; weights that the model has no place for are named."""
+    if missing := sorted(info.get("missing_keys", ())):
+        raise ValueError(
+            f"The weights of {name!r} lack {len(missing)} of the model's tensors, which would be random: "
+            f"{_sample(missing)}. Take a complete checkpoint of a causal LM, or train from scratch with config_name_or_path."
+        )
+    if mismatched := info.get("mismatched_keys"):
+        found = [f"{key} is {tuple(stored)} and must be {tuple(wanted)}" for key, stored, wanted in sorted(mismatched)]
+        raise ValueError(f"The weights of {name!r} do not fit its config.json: {_sample(found)}.")
+    if unexpected := sorted(info.get("unexpected_keys", ())):
+        warnings.warn(
+            f"{len(unexpected)} tensors of {name!r} have no place in the model and are not used: {_sample(unexpected)}.",
+            stacklevel=5,
+        )
+
+
+def load_config(name: str, model: ModelArguments) -> PretrainedConfig:
+    """The config at ``name``; it must be one of a causal LM."""
+    _require_place(name, "config")
+    try:
+        config = AutoConfig.from_pretrained(
+            name, revision=model.model_revision, trust_remote_code=model.trust_remote_code
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"No model config could be read from {name!r}{_not_local(name)}: {_first_line(error)}"
+        ) from error
+    remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if not remote and type(config) not in AutoModelForCausalLM._model_mapping:
+        raise ValueError(
+            f"{name!r} is a {config.model_type!r} model, which transformers has no causal language model for."
+        )
+    return config
+
+
+def _check_request(model: ModelArguments, lora: LoraArguments) -> None:
+    """Refuse arguments that contradict each other, all of them at once."""
+    problems = [*check_model(model, set()), *check_lora(lora, model.train_mode, set())]
+    if model.config_name_or_path is not None and model.train_mode == "lora":
+        problems.append(
+            "train_mode lora needs a trained base, and config_name_or_path has none; use full, or model_name_or_path"
+        )
+    if lora.adapter_name_or_path and model.train_mode == "full":
+        problems.append(
+            "adapter_name_or_path with train_mode full: set train_mode lora or qlora, or merge the adapter first"
+        )
+    if problems:
+        raise ValueError("; ".join(problems) + ".")
+
+
+def _require_place(name: str, what: str) -> None:
+    """A name that reads like a path must exist; any other may be a hub name."""
+    looks_local = name.startswith((".", "~", os.sep)) or name.count("/") > 1 or name.endswith(".json") or "\\" in name
+    if looks_local and not os.path.exists(name):
+        raise ValueError(f"{what}: {name!r} does not exist. Check the path (relative ones start at {os.getcwd()}).")
+
+
+def _require_weights(name: str) -> None:
+    """A local folder must hold a config and weights of a whole model."""
+    if not os.path.exists(name):
+        return
+    folder = Path(name)
+    if not folder.is_dir():
+        raise ValueError(
+            f"model_name_or_path {name!r} is a file; give the folder that holds config.json and the weights."
+        )
+    if not (folder / "config.json").is_file():
+        if (folder / "adapter_config.json").is_file():
+            raise ValueError(
+                f"{name!r} holds an adapter, not a model. Set adapter_name_or_path to it and model_name_or_path to its base, "
+                "or merge it first: hf-sft merge."
+            )
+        raise ValueError(f"{name!r} holds no config.json, so it is no model folder.")
+    if not any(path.name != "training_args.bin" for pattern in _WEIGHT_PATTERNS for path in folder.glob(pattern)):
+        raise ValueError(
+            f"{name!r} holds a config.json but no weights; to train from scratch, set config_name_or_path to it."
+        )
+
+
+def _ensure_pad_token(tokenizer: PreTrainedTokenizerFast, name: str) -> None:
+    """Batches need some pad id; which one does not matter to the loss, as nothing is masked by value."""
+    if tokenizer.pad_token_id is not None:
+        return
+    vocabulary = tokenizer.get_vocab()
+    used = {tokenizer.eos_token, tokenizer.bos_token}
+    pad = next((token for token in _PAD_NAMES if token in vocabulary and token not in used), tokenizer.eos_token)
+    if pad is None:
+        raise ValueError(f"The tokenizer of {name!r} has neither a pad nor an end-of-sequence token; give it one.")
+    tokenizer.pad_token = pad
+    logger.info("The tokenizer has no pad token; %r is used.", pad)
+
+
+def _overrides(value: dict | str | None) -> dict[str, Any]:
+    """``config_overrides`` as a dict."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"config_overrides {value!r} is no JSON object: {error}") from error
+    if value is not None and not isinstance(value, dict):
+        raise ValueError(f"config_overrides {value!r} must be an object of field names and values.")
+    return dict(value or {})
+
+
+def _folder_of(name: str | None) -> str | None:
+    """Where the tokenizer of a config would be: beside it."""
+    return os.path.dirname(name) or "." if name and os.path.isfile(name) else name
+
+
+def _not_local(name: str) -> str:
+    return "" if os.path.exists(name) else f" (no such folder in {os.getcwd()}, so taken for a hub name)"
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _sample(names: list[str], count: int = 3) -> str:
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(names[:count]) + more

@@ -1,0 +1,94 @@
+"""Rows of the vocabulary: growing it without shrinking a padded one, and what new rows begin with.
+
+V rows of the embedding, H hidden width. Checkpoints often hold more rows than their tokenizer has tokens, padded for speed:
+new tokens then take padded rows, and V stays.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+_ADDED = "_hf_sft_added_token_ids"
+
+
+def add_special_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> list[int]:
+    """Add ``tokens`` as special tokens; returns the ids that were not in the vocabulary before and remembers them."""
+    if wrong := [token for token in tokens if not isinstance(token, str) or not token.strip()]:
+        raise ValueError(f"new_special_tokens contains {wrong}; each must be a string that is not blank.")
+    known = tokenizer.get_vocab()
+    new = [token for token in dict.fromkeys(tokens) if token not in known]
+    tokenizer.add_tokens(list(dict.fromkeys(tokens)), special_tokens=True)
+    ids = sorted(int(tokenizer.convert_tokens_to_ids(token)) for token in new)  # type: ignore[arg-type]  # one token, one id
+    setattr(tokenizer, _ADDED, sorted({*added_token_ids(tokenizer), *ids}))
+    return ids
+
+
+def added_token_ids(tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
+    """Ids of the tokens that :func:`add_special_tokens` added to this tokenizer, ascending."""
+    return list(getattr(tokenizer, _ADDED, []))
+
+
+def resize_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Give every token of ``tokenizer`` a row; returns the ids whose rows are new, ascending.
+
+    V grows to ``len(tokenizer)`` if it is smaller and never shrinks. The rows of new tokens, whether appended or taken from the
+    padding of the vocabulary, begin as the mean of the rows of the old tokens, in the head as well; all other rows keep their
+    bits.
+    """
+    rows = vocabulary_rows(model)
+    new_ids = sorted({*added_token_ids(tokenizer), *range(rows, len(tokenizer))})
+    if len(tokenizer) > rows:
+        grow_embeddings(model, len(tokenizer))
+    if new_ids:
+        set_rows_to_mean(model, new_ids)
+    return new_ids
+
+
+def vocabulary_rows(model: PreTrainedModel) -> int:
+    """V, padding included."""
+    embedding: Any = model.get_input_embeddings()
+    return int(embedding.weight.shape[0])
+
+
+def grow_embeddings(model: PreTrainedModel, rows: int) -> None:
+    """Append rows, each the mean of the old ones, until the vocabulary has ``rows`` of them; fewer is an error."""
+    old = vocabulary_rows(model)
+    if rows < old:
+        raise ValueError(f"The model has {old} embedding rows; a vocabulary is never cut (asked for {rows}).")
+    if rows == old:
+        return
+    model.resize_token_embeddings(rows, mean_resizing=False)
+    set_rows_to_mean(model, list(range(old, rows)))
+    logger.info("The vocabulary has grown from %d to %d rows.", old, rows)
+
+
+@torch.no_grad()
+def set_rows_to_mean(model: PreTrainedModel, ids: Sequence[int]) -> None:
+    """Overwrite the rows ``ids`` of embedding and head by the mean of the rows below the first of them.
+
+    The mean keeps the new tokens' logits ordinary (Hewitt 2021, "Initializing new word embeddings for pretrained language
+    models"); its covariance, which costs V H^2, is left out.
+    """
+    first = min(ids)
+    embedding: Any = model.get_input_embeddings()
+    head: Any = model.get_output_embeddings()
+    tensors: list[torch.Tensor] = [embedding.weight]
+    if head is not None:
+        tensors += [tensor for tensor in (head.weight, getattr(head, "bias", None)) if tensor is not None]
+    for tensor in {id(tensor): tensor for tensor in tensors}.values():  # a tied head is the embedding
+        if first > 0:
+            index = torch.tensor(list(ids), device=tensor.device)
+            tensor.data[index] = tensor.data[:first].mean(dim=0, dtype=torch.float32).to(tensor.dtype)
+
+
+def heads_are_tied(model: PreTrainedModel) -> bool:
+    """Whether the head's weight is the input embedding itself."""
+    head = model.get_output_embeddings()
+    return head is not None and head.weight is model.get_input_embeddings().weight
