@@ -1,0 +1,81 @@
+"""Write everything that the quickstart trains on: conversations, a tokenizer and the config of a small model. Offline, seeded.
+
+    python examples/quickstart/make_data.py FOLDER [--records 20000] [--seed 0]
+
+The task: the user names a few digits, the assistant puts them in order, upwards or downwards. Every fifth set of digits is held
+out of training whole, so that an answer to a held-out prompt cannot be remembered.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen3Config
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+ASK = {
+    False: ["Sort {}.", "Put {} in order.", "{}: smallest first?"],
+    True: ["Sort {} backwards.", "{}: largest first?"],
+}
+
+
+def record(rng: random.Random, held_out: bool) -> list[dict[str, str]]:
+    """One conversation, in or out of the held-out sets of digits."""
+    while True:
+        digits = rng.sample(range(10), rng.randint(3, 5))
+        if (sum(2**digit for digit in digits) % 5 == 0) == held_out:
+            break
+    downwards = rng.random() < 0.5
+    question = rng.choice(ASK[downwards]).format(" ".join(map(str, digits)))
+    answer = " ".join(map(str, sorted(digits, reverse=downwards)))
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def write_records(path: Path, count: int, held_out: bool, rng: random.Random) -> None:
+    lines = (json.dumps(record(rng, held_out)) + "\n" for _ in range(count))
+    path.write_text("".join(lines), encoding="utf-8")
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per byte, and ChatML's special tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|pad|>", additional_special_tokens=["<|im_start|>"]
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--records", type=int, default=24_000)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    rng = random.Random(options.seed)
+    model = options.folder / "model"
+    model.mkdir(parents=True, exist_ok=True)
+    write_records(options.folder / "train.jsonl", options.records, held_out=False, rng=rng)
+    write_records(options.folder / "eval.jsonl", 200, held_out=True, rng=rng)
+    tokenizer = make_tokenizer()
+    tokenizer.save_pretrained(model)
+    config = Qwen3Config(
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=4, head_dim=32, max_position_embeddings=2048, tie_word_embeddings=True,
+    )  # fmt: skip
+    config.save_pretrained(model)
+    print(f"{options.records} conversations, tokenizer and config in {options.folder}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,302 @@
+"""What the Trainer learns does not depend on how it is cut, laid out, interrupted or called."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import runs
+import tiny
+import torch
+
+from hf_sft.arguments import DataArguments
+from hf_sft.collators import CausalCollator
+from hf_sft.training.trainer import SFTTrainer
+from hf_sft.training_arguments import TrainingArguments
+
+DATA = DataArguments(max_seq_length=128)
+
+
+def token_rows(count: int, seed: int = 0) -> list[dict]:
+    """Rows whose supervised share goes from almost nothing to almost all."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for _ in range(count):
+        ids = rng.integers(0, 255, rng.integers(2, 60))
+        labels = np.where(rng.random(len(ids)) < rng.random(), ids, -100)
+        labels[-1] = ids[-1]
+        rows.append({"input_ids": ids.tolist(), "labels": labels.tolist()})
+    return rows
+
+
+def make_trainer(folder, model=None, data: DataArguments = DATA, train=40, evaluation=None, **options) -> SFTTrainer:
+    names = {
+        "model",
+        "data_collator",
+        "attention_backend",
+        "compute_metrics",
+        "callbacks",
+        "peft_config",
+        "processing_class",
+    }
+    trainer_options = {key: options.pop(key) for key in list(options) if key in names}
+    defaults = dict(
+        output_dir=str(folder), max_steps=20, learning_rate=1e-2, per_device_train_batch_size=4, logging_steps=1, use_cpu=True,
+        save_strategy="no", disable_tqdm=True, seed=5,
+    )  # fmt: skip
+    train = token_rows(train) if isinstance(train, int) else train
+    model = tiny.tiny_model() if model is None else model
+    args = TrainingArguments(**{**defaults, **options})
+    return SFTTrainer(model, args, train_dataset=train, eval_dataset=evaluation, data_args=data, **trainer_options)
+
+
+def logged(trainer: SFTTrainer, key: str = "loss") -> list[float]:
+    return [line[key] for line in trainer.state.log_history if key in line]
+
+
+def trained(folder, **options) -> SFTTrainer:
+    trainer = make_trainer(folder, **options)
+    trainer.train()
+    return trainer
+
+
+def exact(**config) -> torch.nn.Module:
+    """A model in float64: what differs there beyond 1e-10 is no rounding, though Adam divides by the size of a gradient."""
+    return tiny.tiny_model(**config).double()
+
+
+def assert_same_run(got: SFTTrainer, want: SFTTrainer, tolerance: float = 1e-10) -> None:
+    # Trainer adds the losses of micro-batches up in float32: one unit in its last place is left.
+    np.testing.assert_allclose(logged(got), logged(want), rtol=max(tolerance, 2e-7))
+    np.testing.assert_allclose(logged(got, "grad_norm"), logged(want, "grad_norm"), rtol=tolerance)
+    for (name, a), b in zip(got.model.named_parameters(), want.model.parameters(), strict=True):
+        assert (a - b).norm() <= tolerance * b.norm(), name
+
+
+def test_batch_4_is_1_times_accumulation_4(tmp_path) -> None:
+    want = trained(tmp_path, model=exact())
+    assert len(logged(want)) == 20 and logged(want)[-1] < logged(want)[0]
+    for batch, accumulation in ((1, 4), (2, 2)):
+        options = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
+        assert_same_run(trained(tmp_path, model=exact(), **options), want)
+    single = trained(tmp_path, per_device_train_batch_size=1, gradient_accumulation_steps=4)  # float32
+    np.testing.assert_allclose(logged(single), logged(trained(tmp_path)), rtol=1e-5)
+
+
+def test_two_processes_learn_what_one_does(tmp_path) -> None:
+    values = runs.arguments(
+        tmp_path,
+        max_steps=20,
+        learning_rate=1e-3,
+        per_device_train_batch_size=4,
+        eval_file=str(tmp_path / "eval.jsonl"),
+    )
+    one = runs.train({**values, "output_dir": str(tmp_path / "one")})
+    two = tmp_path / "two"
+    process = runs.train_process({**values, "output_dir": str(two), "per_device_train_batch_size": 2}, processes=2)
+    assert (two / "trainer_state.json").exists(), process.stderr
+    for key in ("loss", "grad_norm", "token_accuracy", "supervised_share"):
+        np.testing.assert_allclose(runs.history(two, key), runs.history(one, key), rtol=1e-5)
+    after = runs.weights(two)
+    for name, weight in runs.weights(one).items():
+        assert (after[name] - weight).norm() <= 1e-5 * weight.norm(), name
+    metrics = [json.loads((folder / "eval_results.json").read_text()) for folder in (one, two)]
+    assert metrics[0]["eval_supervised_tokens"] == metrics[1]["eval_supervised_tokens"]
+    assert math.isclose(metrics[0]["eval_loss"], metrics[1]["eval_loss"], rel_tol=1e-5)
+
+
+def test_packed_or_padded_in_any_backend_is_the_same_run(tmp_path) -> None:
+    """All documents in every step, so that bins and rows hold the same ones."""
+    rows = token_rows(12)
+    options = {"train": rows, "per_device_train_batch_size": 12}
+    want = trained(tmp_path, model=exact(), data=DataArguments(max_seq_length=128, packing=False), **options)
+    for backend in ("segment", "dense"):
+        got = trained(tmp_path, model=exact(), attention_backend=backend, **options)
+        assert got.layout.name == backend and len(got.train_dataset) < 12
+        assert_same_run(got, want)
+
+
+def test_loader_workers_change_nothing(tmp_path) -> None:
+    options = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True, "dataloader_prefetch_factor": 2}
+    assert_same_run(trained(tmp_path, **options), trained(tmp_path), tolerance=0)
+
+
+def test_every_document_is_seen_once_per_epoch_on_every_cut(tmp_path) -> None:
+    for batch, accumulation in ((1, 1), (3, 2), (40, 1)):
+        trainer = make_trainer(tmp_path, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation)
+        loader = trainer.get_train_dataloader()
+        orders = []
+        for epoch in (0, 1):
+            loader.set_epoch(epoch)
+            orders.append(
+                [
+                    tuple(doc.tolist())
+                    for b in loader
+                    if b["num_tokens"]
+                    for doc in b["input_ids"][0].split(b["doc_lengths"])
+                ]
+            )
+        want = sorted(tuple(row["input_ids"]) for row in token_rows(40))
+        assert sorted(orders[0]) == sorted(orders[1]) == want and orders[0] != orders[1]
+
+
+def test_evaluation_is_a_mean_over_tokens(tmp_path) -> None:
+    rows = token_rows(11, seed=9)
+    trainer = make_trainer(tmp_path, evaluation=rows, per_device_eval_batch_size=2)
+    metrics = trainer.evaluate()
+    model, total, correct, count = trainer.model, 0.0, 0, 0
+    for row in rows:
+        logits = model(torch.tensor([row["input_ids"]])).logits[0, :-1].double()
+        labels = torch.tensor(row["labels"])[1:]
+        kept = labels != -100
+        total += torch.nn.functional.cross_entropy(logits[kept], labels[kept], reduction="sum").item()
+        correct += (logits.argmax(-1) == labels)[kept].sum().item()
+        count += kept.sum().item()
+    assert metrics["eval_supervised_tokens"] == count
+    assert math.isclose(metrics["eval_loss"], total / count, rel_tol=1e-6)
+    assert math.isclose(metrics["eval_perplexity"], math.exp(total / count), rel_tol=1e-5)
+    assert metrics["eval_token_accuracy"] == correct / count
+    assert math.isclose(
+        trainer.evaluate(rows[:3], metric_key_prefix="part")["part_loss"], trainer.evaluate(rows[:3])["eval_loss"]
+    )
+
+
+def test_the_log_says_what_was_learned(tmp_path) -> None:
+    trainer = trained(tmp_path, max_steps=4, logging_steps=2)
+    lines = [line for line in trainer.state.log_history if "loss" in line]
+    assert len(lines) == 2
+    for line in lines:
+        assert 0 <= line["token_accuracy"] <= 1 and 0 < line["supervised_share"] <= 1 and line["tokens_per_second"] > 0
+    assert trainer.state.total_flos > 0
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_batch_with_nothing_to_learn_gives_a_connected_zero(tmp_path, packed: bool) -> None:
+    trainer = make_trainer(tmp_path, data=DataArguments(max_seq_length=128, packing=packed or False))
+    for documents in ([], [{"input_ids": [1, 2, 3], "labels": [-100] * 3}]):
+        batch = trainer._prepare_inputs(CausalCollator(packed)([documents]))
+        loss = trainer.compute_loss(trainer.model.train(), batch, num_items_in_batch=torch.tensor([0.0, 0.0]))
+        loss.backward()
+        assert loss.item() == 0
+        for name, parameter in trainer.model.named_parameters():
+            assert parameter.grad is not None and parameter.grad.abs().max() == 0, name
+
+
+def test_more_ranks_than_documents_is_no_special_case(tmp_path) -> None:
+    trainer = trained(
+        tmp_path, train=token_rows(1), per_device_train_batch_size=2, gradient_accumulation_steps=3, max_steps=3
+    )
+    assert all(math.isfinite(loss) for loss in logged(trainer))
+    np.testing.assert_allclose(logged(trainer), logged(trained(tmp_path, train=token_rows(1), max_steps=3)), rtol=1e-6)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_mixed_precision_keeps_float32_weights(tmp_path, bf16: bool) -> None:
+    trainer = trained(tmp_path, bf16=bf16, max_steps=5)
+    assert all(parameter.dtype == torch.float32 for parameter in trainer.model.parameters())
+    # bf16 products are good to 2**-8; the loss of 5 steps moves with them.
+    np.testing.assert_allclose(logged(trainer), logged(trained(tmp_path, max_steps=5)), rtol=1e-2 if bf16 else 1e-6)
+
+
+def test_compute_metrics_sees_logits_and_labels_as_in_trainer(tmp_path) -> None:
+    rows, seen = token_rows(7, seed=4), {}
+
+    def compute_metrics(prediction):
+        logits, labels = prediction.predictions[:, :-1], prediction.label_ids[:, 1:]
+        kept = labels != -100
+        seen["count"] = int(kept.sum())
+        return {"mine": float((logits.argmax(-1) == labels)[kept].mean())}
+
+    metrics = make_trainer(
+        tmp_path, evaluation=rows, compute_metrics=compute_metrics, per_device_eval_batch_size=2
+    ).evaluate()
+    plain = make_trainer(tmp_path, evaluation=rows).evaluate()
+    assert seen["count"] == plain["eval_supervised_tokens"]
+    assert metrics["eval_mine"] == pytest.approx(plain["eval_token_accuracy"])
+    assert metrics["eval_loss"] == pytest.approx(plain["eval_loss"], rel=1e-6)
+
+
+def test_a_users_collator_learns_the_same(tmp_path) -> None:
+    from transformers import DataCollatorForSeq2Seq
+
+    rows = token_rows(12)
+    collator = DataCollatorForSeq2Seq(tiny.tiny_tokenizer())
+    options = {"train": rows, "per_device_train_batch_size": 5, "max_steps": 6}
+    got = trained(tmp_path, data_collator=collator, **options)
+    assert_same_run(
+        got, trained(tmp_path, data=DataArguments(max_seq_length=128, packing=False), **options), tolerance=0
+    )
+
+
+def test_head_and_bias_of_every_kind(tmp_path) -> None:
+    """Untied, tied, trained beside an adapter, and with an adapter on the head: the loss is that of the full logits."""
+    from peft import LoraConfig, get_peft_model
+
+    kinds = {
+        "untied": (lambda: tiny.tiny_model(), True),
+        "tied": (lambda: tiny.tiny_model(tie_word_embeddings=True), True),
+        "saved": (
+            lambda: get_peft_model(
+                tiny.tiny_model(), LoraConfig(target_modules="all-linear", modules_to_save=["lm_head"])
+            ),
+            True,
+        ),
+        "adapted": (lambda: get_peft_model(tiny.tiny_model(), LoraConfig(target_modules=["q_proj", "lm_head"])), False),
+    }
+    rows = token_rows(3)
+    for name, (make, chunked) in kinds.items():
+        trainer = make_trainer(tmp_path, model=make(), train=rows)
+        assert trainer.scorer.chunked is chunked, name
+        trainer.model.eval()
+        batch = trainer._prepare_inputs(CausalCollator()([rows]))
+        loss = trainer.compute_loss(trainer.model, batch)
+        loss.backward()
+        got = {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}
+        trainer.model.zero_grad()
+        nll = []
+        for row in rows:
+            logits, labels = (
+                trainer.model(torch.tensor([row["input_ids"]])).logits[0, :-1],
+                torch.tensor(row["labels"])[1:],
+            )
+            nll.append(torch.nn.functional.cross_entropy(logits, labels, reduction="none")[labels != -100])
+        want = torch.cat(nll).mean()
+        want.backward()
+        torch.testing.assert_close(loss, want, rtol=1e-6, atol=0)
+        for n, p in trainer.model.named_parameters():
+            if p.grad is not None:
+                assert (got[n] - p.grad).norm() <= 1e-5 * p.grad.norm(), (name, n)
+
+
+def test_arguments_that_cannot_be_honoured_are_refused_together(tmp_path) -> None:
+    with pytest.raises(
+        ValueError, match=r"(?s)label_smoothing_factor.*dataloader_drop_last|dataloader_drop_last.*label_smoothing"
+    ):
+        make_trainer(tmp_path, label_smoothing_factor=0.1, dataloader_drop_last=True)
+    with pytest.raises(ValueError, match="max_seq_length"):
+        make_trainer(tmp_path, data=DataArguments(max_seq_length=100_000))
+
+
+def test_the_python_example_trains_and_saves(tmp_path) -> None:
+    model = tiny.save_tiny(tmp_path / "model")
+    script = runs.ROOT / "examples" / "sft_from_python.py"
+    code = [line for line in script.read_text().splitlines() if line and not line.startswith(('"""', "#"))]
+    assert len(code) <= 15
+    env = {
+        "PYTHONPATH": str(runs.ROOT),
+        "PATH": "/usr/bin:/bin",
+        "HF_HUB_OFFLINE": "1",
+        "HF_SFT_CACHE": str(tmp_path / "cache"),
+    }
+    subprocess.run(
+        [sys.executable, script, model, tmp_path / "out"], check=True, env=env, capture_output=True, timeout=120
+    )
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template
+    assert not torch.equal(saved.lm_head.weight, tiny.tiny_model().lm_head.weight)
