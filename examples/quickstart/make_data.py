@@ -1,6 +1,6 @@
 """Write everything that the quickstart trains on: conversations, a tokenizer and the config of a small model. Offline, seeded.
 
-    python examples/quickstart/make_data.py FOLDER [--records 20000] [--seed 0]
+    python examples/quickstart/make_data.py FOLDER [--records 18000] [--seed 0]
 
 The task: the user names a few digits, the assistant puts them in order, upwards or downwards. Every fifth set of digits is held
 out of training whole, so that an answer to a held-out prompt cannot be remembered.
@@ -59,7 +59,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--records", type=int, default=24_000)
+    parser.add_argument("--records", type=int, default=18_000)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     rng = random.Random(options.seed)

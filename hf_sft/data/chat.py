@@ -82,6 +82,16 @@ def encode_conversations(
     return ChatEncoder(tokenizer).encode(conversations, train_on=train_on)
 
 
+def end_of_turn_id(tokenizer: Any) -> int | None:
+    """The token with which the model ends its turn under the tokenizer's template; None where that is not certain."""
+    probe = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    try:
+        labels = encode_conversation(tokenizer, probe)["labels"]
+    except ValueError:
+        return None
+    return next(label for label in reversed(labels) if label != IGNORE)
+
+
 class ChatEncoder:
     """Encodes conversations with one tokenizer and template, batch by batch.
 

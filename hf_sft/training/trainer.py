@@ -30,7 +30,8 @@ from hf_sft.attention.selfcheck import base_model, choose_layout
 from hf_sft.checkpoints import verify_adapter, verify_weights
 from hf_sft.collators import CONTRACT_KEYS, IGNORE, Batch, CausalCollator, LabelsCollator
 from hf_sft.data.bins import BinLoader, Bins, BinSampler, Examples
-from hf_sft.data.pipeline import PreparedData, rows_from_examples
+from hf_sft.data.chat import end_of_turn_id
+from hf_sft.data.pipeline import rows_from_examples
 from hf_sft.losses import RowScores, score_logits
 from hf_sft.metrics import TokenSums, TokenTotals
 from hf_sft.models.adapters import save_adapter
@@ -125,6 +126,7 @@ class SFTTrainer(Trainer):
         )
         # The loss is divided by N of the whole step here, and by nothing else in Trainer.
         self.loss_is_scaled_for_ga = True
+        _stop_at_end_of_turn(self._base, processing_class)
 
     # ---- data ----
 
@@ -133,8 +135,7 @@ class SFTTrainer(Trainer):
             return Examples(dataset)
         if isinstance(dataset, Bins):
             return dataset
-        prepared = isinstance(dataset, PreparedData)
-        rows = dataset.rows if prepared else rows_from_examples(dataset, tokenizer, data=self.data_args)
+        rows = rows_from_examples(dataset, tokenizer, data=self.data_args)
         return Bins(rows, self.data_args.max_seq_length if packed else None)
 
     def _eval_bins(self, dataset: Any, tokenizer: Any) -> Bins | Examples:
@@ -362,6 +363,7 @@ class SFTTrainer(Trainer):
         if isinstance(model, PeftModel):
             save_adapter(model, folder, state_dict)
             verify_adapter(folder, model)
+            self._base.generation_config.save_pretrained(folder)  # what the merged model stops at
         else:
             model.save_pretrained(folder, state_dict=state_dict)
             verify_weights(folder, model)
@@ -381,3 +383,14 @@ def _check_arguments(args: Any, packing: bool | None) -> None:
         args._n_gpu = 1
     if args.ddp_find_unused_parameters is None:
         args.ddp_find_unused_parameters = False  # compute_loss keeps every part of the forward in the graph
+
+
+def _stop_at_end_of_turn(model: PreTrainedModel, tokenizer: Any) -> None:
+    """``generate`` must stop where the model learns to stop; templates end turns with other tokens than the tokenizer's eos."""
+    token = None if getattr(tokenizer, "chat_template", None) is None else end_of_turn_id(tokenizer)
+    config = model.generation_config
+    if token is None or config is None:
+        return
+    known = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    if token not in known:
+        config.eos_token_id = [token, *(eos for eos in known if eos is not None)]
