@@ -6,6 +6,7 @@ QUANT = ["bitsandbytes>=0.49"]
 DEEPSPEED = ["deepspeed>=0.18"]
 METRICS = ["sacrebleu>=2.4", "rouge-score>=0.1.2", "nltk>=3.9", "rapidfuzz>=3.9"]
 LOGGING = ["tensorboard>=2.18"]
+DEV = ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff>=0.14", "mypy>=1.11", "trl>=1.14"]
 DEV += LOGGING  # written to by a test
 
 setup(
