@@ -10,23 +10,19 @@ their tokens random: a step's time does not depend on which tokens they are.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import statistics
 import tempfile
 import time
-from datetime import datetime, timezone
 
 import numpy as np
 import torch
+from records import write_record
 from torch.nn.functional import cross_entropy
 from transformers import Qwen3Config, Qwen3ForCausalLM, TrainerCallback
 
 from hf_sft.arguments import DataArguments
 from hf_sft.attention.backends import BACKENDS
 from hf_sft.attention.layout import Layout
-from hf_sft.checkpoints import versions
 from hf_sft.training.trainer import SFTTrainer
 from hf_sft.training_arguments import TrainingArguments
 
@@ -124,7 +120,7 @@ def main() -> None:
     parser.add_argument("--vocab_size", type=int, nargs="+", default=[6400])
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--length", type=int, default=2048)
-    parser.add_argument("--output", help="write the record as JSON")
+    parser.add_argument("--output", help="where to write the record; default: benchmarks/records/step.json")
     options = parser.parse_args()
     records = [run(vocabulary, options.steps, options.length) for vocabulary in options.vocab_size]
     print(f"{'vocabulary':>10} {'SFTTrainer s':>13} {'plain loop s':>13} {'ratio':>6} {'loss differs by':>16}")
@@ -133,13 +129,7 @@ def main() -> None:
             f"{r['vocab_size']:>10} {r['trainer_seconds']:>13.3f} {r['plain_seconds']:>13.3f} {r['ratio']:>6.2f} "
             f"{r['largest_relative_loss_difference']:>16.1e}"
         )
-    if options.output:
-        conditions = {
-            "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"), "cores": os.cpu_count(), "machine": platform.machine(),
-            "threads": torch.get_num_threads(), "versions": versions(),
-        }  # fmt: skip
-        with open(options.output, "w", encoding="utf-8") as file:
-            json.dump({"benchmark": "step", "conditions": conditions, "results": records}, file, indent=2)
+    print(f"record: {write_record('step', records, options.output)}")
 
 
 if __name__ == "__main__":

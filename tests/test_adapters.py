@@ -156,7 +156,7 @@ def test_reentrant_checkpointing_gets_a_graph(folder) -> None:
 
     named = ModelArguments(model_name_or_path=folder, train_mode="lora", dtype="float32")
     model = load_model(named, LoraArguments(), training=Training())
-    model.get_base_model().activation_checkpointing_enable({"use_reentrant": True})
+    tiny.checkpoint_activations(model.get_base_model(), use_reentrant=True)
     model.train()
     model(input_ids=random_ids(), labels=random_ids(), use_cache=False).loss.backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)

@@ -42,8 +42,7 @@ def make_model(family: str, variant: str):
 
         model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
     if "checkpointing" in variant:
-        model.activation_checkpointing_enable()
-        model.train()
+        tiny.checkpoint_activations(model)
     return model
 
 

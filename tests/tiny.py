@@ -96,3 +96,10 @@ def conversations(count: int, seed: int = 0) -> list[list[dict[str, str]]]:
             row += [{"role": "user", "content": text(3, 25)}, {"role": "assistant", "content": text(1, 40)}]
         rows.append(row)
     return rows
+
+
+def checkpoint_activations(model, **options) -> None:
+    """Activation checkpointing, under its name in transformers 5.21 and later or the older one."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable(options or None)
+    model.train()

@@ -1,12 +1,13 @@
 """Ask a trained model the prompts of a file, greedily, and count the answers that are exactly right.
 
-python examples/quickstart/ask.py MODEL FILE [--show 5]
+python examples/quickstart/ask.py MODEL FILE [--show 5] [--at_least 90]
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -17,6 +18,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("file", help="JSON lines of conversations; the last turn is the answer to expect")
     parser.add_argument("--show", type=int, default=5)
+    parser.add_argument("--at_least", type=float, default=0.0, help="fail if fewer per cent of the answers are right")
     options = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(options.model, padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(options.model).eval()
@@ -30,7 +32,9 @@ def main() -> None:
     right = [answer == conversation[-1]["content"] for answer, conversation in zip(answers, conversations, strict=True)]
     for conversation, answer, ok in list(zip(conversations, answers, right, strict=True))[: options.show]:
         print(f"  {conversation[-2]['content']:<34} -> {answer:<16} {'right' if ok else 'wrong'}")
-    print(f"{sum(right)} of {len(right)} answers to held-out prompts are right ({100 * sum(right) / len(right):.1f} %)")
+    share = 100 * sum(right) / len(right)
+    print(f"{sum(right)} of {len(right)} answers to held-out prompts are right ({share:.1f} %)")
+    sys.exit(0 if share >= options.at_least else 1)
 
 
 if __name__ == "__main__":
