@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from tiny import save_tiny, tiny_model
+from tiny import checkpoint_activations, save_tiny, tiny_model
 from transformers import AutoModelForCausalLM
 
 from hf_sft.arguments import LoraArguments, ModelArguments
@@ -156,8 +156,7 @@ def test_reentrant_checkpointing_gets_a_graph(folder) -> None:
 
     named = ModelArguments(model_name_or_path=folder, train_mode="lora", dtype="float32")
     model = load_model(named, LoraArguments(), training=Training())
-    tiny.checkpoint_activations(model.get_base_model(), use_reentrant=True)
-    model.train()
+    checkpoint_activations(model.get_base_model(), use_reentrant=True)
     model(input_ids=random_ids(), labels=random_ids(), use_cache=False).loss.backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 

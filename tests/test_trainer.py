@@ -169,6 +169,16 @@ def test_the_log_says_what_was_learned(tmp_path) -> None:
     trainer = trained(tmp_path, max_steps=4, logging_steps=2)
     lines = [line for line in trainer.state.log_history if "loss" in line]
     assert len(lines) == 2
+    # The loss of a line is a mean over its tokens, not over its steps, which are of uneven size.
+    steps = trained(tmp_path, max_steps=4)
+    batches = [int(batch["num_items"][0]) for batch in make_trainer(tmp_path).get_train_dataloader()]
+    batches += [0] * 4  # 3 steps an epoch: the fourth begins the second
+    loader = make_trainer(tmp_path).get_train_dataloader()
+    loader.set_epoch(1)
+    batches[3] = int(next(iter(loader))["num_items"][0])
+    means = [np.average(logged(steps)[i : i + 2], weights=batches[i : i + 2]) for i in (0, 2)]
+    np.testing.assert_allclose(logged(trainer), means, rtol=1e-6)
+    np.testing.assert_allclose(logged(trainer, "train_loss"), np.average(logged(steps), weights=batches[:4]), rtol=1e-6)
     for line in lines:
         assert 0 <= line["token_accuracy"] <= 1 and 0 < line["supervised_share"] <= 1 and line["tokens_per_second"] > 0
     assert trainer.state.total_flos > 0

@@ -297,7 +297,7 @@ class SFTTrainer(Trainer):
         """``Trainer.evaluation_loop`` with sums over all tokens divided once, instead of a mean of batch means."""
         self._eval_sums = TokenSums(self.args.device)
         output = super().evaluation_loop(dataloader, description, *args, **kwargs)
-        totals = self._totals(self._eval_sums)
+        totals = TokenSums.totals(self._reduced(self._eval_sums))
         prefix = kwargs.get("metric_key_prefix", "eval")
         metrics = cast(dict[str, float], output.metrics)
         metrics.update(
@@ -310,29 +310,38 @@ class SFTTrainer(Trainer):
         )
         return output._replace(num_samples=self.num_examples(dataloader))
 
-    def _totals(self, sums: TokenSums) -> TokenTotals:
+    def _reduced(self, sums: TokenSums) -> Tensor:
         state = sums.state()
-        return TokenSums.totals(self.accelerator.reduce(state, "sum") if self.args.world_size > 1 else state)
+        return self.accelerator.reduce(state, "sum") if self.args.world_size > 1 else state
 
     # ---- log ----
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """``Trainer.train``, with the clock of tokens per second started."""
-        self._restart_log()
+        """``Trainer.train``, with the sums of the log at zero."""
+        self._train_sums, self._clock = TokenSums(self.args.device), time.perf_counter()
+        self._run_state = self._train_sums.state()
         return super().train(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add token accuracy, tokens per second and supervised share to the lines of training steps."""
+        """Make the losses of training means over tokens; add token accuracy, tokens per second and supervised share."""
         if "loss" in logs:
-            totals = self._totals(self._train_sums)
+            totals = self._drain()
+            logs["loss"] = totals.loss(self.coefficients)
             logs["token_accuracy"] = totals.accuracy()
             logs["tokens_per_second"] = totals.tokens / (time.perf_counter() - self._clock)
             logs["supervised_share"] = totals.supervised_share
-            self._restart_log()
+            self._clock = time.perf_counter()
+        elif "train_loss" in logs:
+            self._drain()
+            logs["train_loss"] = TokenSums.totals(self._run_state).loss(self.coefficients)
         super().log(logs, start_time)
 
-    def _restart_log(self) -> None:
-        self._train_sums, self._clock = TokenSums(self.args.device), time.perf_counter()
+    def _drain(self) -> TokenTotals:
+        """The sums since the last call, over all ranks; they go into those of the whole run."""
+        state = self._reduced(self._train_sums)
+        self._run_state = self._run_state + state
+        self._train_sums = TokenSums(self.args.device)
+        return TokenSums.totals(state)
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> Any:
         with self._stopped_clock():
