@@ -48,6 +48,11 @@ def train_process(
     values: dict[str, Any], processes: int = 1, script: str = "train.py", **environment: str
 ) -> subprocess.CompletedProcess:
     """Run train.py as a user does, under torchrun with more than one process."""
+    return launch([str(ROOT / script), *_words(values)], processes, **environment)
+
+
+def launch(command: list[str], processes: int = 1, **environment: str) -> subprocess.CompletedProcess:
+    """Run a script with its arguments in one process, or in several under torchrun (gloo)."""
     launcher = [sys.executable]
     if processes > 1:
         with socket.socket() as probe:
@@ -55,9 +60,7 @@ def train_process(
             port = probe.getsockname()[1]
         launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}"]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
-    return subprocess.run(
-        [*launcher, str(ROOT / script), *_words(values)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300
-    )
+    return subprocess.run([*launcher, *command], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
 
 
 def history(folder: Path, key: str = "loss") -> list[float]:

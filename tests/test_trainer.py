@@ -206,7 +206,11 @@ def test_more_ranks_than_documents_is_no_special_case(tmp_path) -> None:
 
 @pytest.mark.parametrize("bf16", [False, True])
 def test_mixed_precision_keeps_float32_weights(tmp_path, bf16: bool) -> None:
-    trainer = trained(tmp_path, bf16=bf16, max_steps=5)
+    trainer, seen = make_trainer(tmp_path, bf16=bf16, max_steps=5), set()
+    projection = trainer.model.model.layers[0].mlp.up_proj
+    projection.register_forward_hook(lambda module, inputs, output: seen.add(output.dtype))
+    trainer.train()
+    assert seen == {torch.bfloat16 if bf16 else torch.float32}
     assert all(parameter.dtype == torch.float32 for parameter in trainer.model.parameters())
     # bf16 products are good to 2**-8; the loss of 5 steps moves with them.
     np.testing.assert_allclose(logged(trainer), logged(trained(tmp_path, max_steps=5)), rtol=1e-2 if bf16 else 1e-6)
@@ -310,3 +314,163 @@ def test_the_python_example_trains_and_saves(tmp_path) -> None:
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template
     assert not torch.equal(saved.lm_head.weight, tiny.tiny_model().lm_head.weight)
+
+
+def test_metrics_on_two_ranks_see_each_document_once(tmp_path) -> None:
+    """5, 9 and 11 rows on 2 ranks x 2: the last batches are filled up, and cut again before compute_metrics."""
+    script = tmp_path / "metrics.py"
+    script.write_text(
+        "import sys, json, torch\n"
+        f"sys.path[:0] = [{str(runs.ROOT)!r}, {str(runs.ROOT / 'tests')!r}]\n"
+        "from test_trainer import make_trainer, token_rows\n"
+        "def metrics(p):\n"
+        "    kept = p.label_ids[:, 1:] != -100\n"
+        "    right = (p.predictions[:, :-1].argmax(-1) == p.label_ids[:, 1:])[kept]\n"
+        "    return {'rows': len(p.label_ids), 'mine': float(right.mean()), 'count': int(kept.sum())}\n"
+        "t = make_trainer(sys.argv[1], compute_metrics=metrics, per_device_eval_batch_size=2)\n"
+        "found = {n: t.evaluate(token_rows(n, seed=n)) for n in (5, 9, 11)}\n"
+        "found['predicted'] = len(t.predict(token_rows(9, seed=9)).predictions)\n"
+        "if t.is_world_process_zero(): json.dump(found, open(sys.argv[1] + '/found.json', 'w'))\n"
+        "torch.distributed.is_initialized() and torch.distributed.destroy_process_group()\n"
+    )
+    found = []
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        folder.mkdir()
+        process = runs.launch([str(script), str(folder)], processes)
+        assert (folder / "found.json").exists(), process.stderr
+        found.append(json.loads((folder / "found.json").read_text()))
+    for rows in ("5", "9", "11"):
+        assert found[1][rows]["eval_rows"] == int(rows)
+        for key in ("eval_mine", "eval_count", "eval_token_accuracy", "eval_supervised_tokens"):
+            assert found[0][rows][key] == found[1][rows][key]
+    assert found[0]["predicted"] == found[1]["predicted"] == 9
+
+
+def test_predict_returns_logits_and_labels(tmp_path) -> None:
+    rows = token_rows(5)
+    output = make_trainer(tmp_path, per_device_eval_batch_size=2).predict(rows)
+    assert output.predictions.shape[0] == output.label_ids.shape[0] == 5 and output.metrics["test_loss"] > 0
+    first = tiny.tiny_model()(torch.tensor([rows[0]["input_ids"]])).logits[0].detach().numpy()
+    np.testing.assert_allclose(output.predictions[0][: len(first)], first, rtol=1e-5, atol=1e-6)
+
+
+def test_dropout_does_not_stop_chunking(tmp_path) -> None:
+    model = tiny.tiny_model("llama", attention_dropout=0.5).train()
+    model.model.embed_tokens.register_forward_hook(lambda m, i, out: torch.nn.functional.dropout(out, 0.5, m.training))
+    assert make_trainer(tmp_path, model=model).scorer.chunked and model.training
+
+
+def test_a_model_from_python_learns_its_pad_token_too(tmp_path) -> None:
+    """Where pad is eos, an embedding's padding_idx would keep the end of turn from learning."""
+    model = tiny.tiny_model(pad_token_id=256)
+    assert model.model.embed_tokens.padding_idx == 256
+    trainer = make_trainer(tmp_path, model=model, train=[{"input_ids": [256, 1, 2], "labels": [-100, 1, 2]}])
+    batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    trainer.compute_loss(trainer.model, batch).backward()
+    assert model.model.embed_tokens.weight.grad[256].norm() > 0
+
+
+def test_the_template_of_the_training_is_saved(tmp_path) -> None:
+    tokenizer = tiny.tiny_tokenizer()
+    data = DataArguments(max_seq_length=128, chat_template="plain")
+    trainer = make_trainer(tmp_path, data=data, train=tiny.conversations(8), processing_class=tokenizer, max_steps=1)
+    trainer.train()
+    trainer.save_model()
+    from transformers import AutoTokenizer
+
+    assert (
+        "Assistant:" in AutoTokenizer.from_pretrained(tmp_path).chat_template and tokenizer.chat_template == tiny.CHATML
+    )
+
+
+def test_features_of_trainer_work(tmp_path) -> None:
+    """Callbacks, several eval sets, epochs, the best model at the end, early stopping."""
+    from transformers import EarlyStoppingCallback, TrainerCallback
+
+    class Count(TrainerCallback):
+        steps = 0
+
+        def on_step_end(self, args, state, control, **kwargs):
+            self.steps += 1
+            kwargs["model"].generate(torch.tensor([[1, 2]]), max_new_tokens=2, pad_token_id=0)
+
+    count, evaluation = Count(), {"a": token_rows(3, seed=1), "b": token_rows(4, seed=2)}
+    trainer = make_trainer(
+        tmp_path, evaluation=evaluation, callbacks=[count, EarlyStoppingCallback(2)], max_steps=-1, num_train_epochs=6,
+        eval_strategy="epoch", save_strategy="epoch", load_best_model_at_end=True, metric_for_best_model="a_perplexity",
+        save_total_limit=1, learning_rate=1.0, lr_scheduler_type="constant",
+    )  # fmt: skip
+    trainer.train()
+    losses = logged(trainer, "eval_a_loss")
+    best = int(np.argmin(losses))
+    assert count.steps == trainer.state.global_step == 3 * len(losses) and len(losses) == min(6, best + 3)
+    assert trainer.state.best_metric == pytest.approx(math.exp(losses[best]), rel=1e-6)
+    assert trainer.evaluate(evaluation["a"])["eval_loss"] == pytest.approx(losses[best], rel=1e-6)
+    half = trained(tmp_path, max_steps=-1, num_train_epochs=1.5)
+    assert half.state.global_step == 5 and half.state.epoch == pytest.approx(5 / 3)
+
+
+def test_activation_checkpointing_and_peft_config_change_only_what_they_say(tmp_path) -> None:
+    from peft import LoraConfig
+
+    def options():
+        torch.manual_seed(0)
+        return {"model": exact(), "peft_config": LoraConfig(r=4, target_modules="all-linear"), "max_steps": 6}
+
+    torch.manual_seed(0)
+    want = trained(tmp_path, **options())
+    trainable = {name for name, p in want.model.named_parameters() if p.requires_grad}
+    assert trainable and all("lora_" in name for name in trainable)
+    for reentrant in (True, False):
+        checkpointing = {
+            "activation_checkpointing": True,
+            "activation_checkpointing_kwargs": {"use_reentrant": reentrant},
+        }
+        assert_same_run(trained(tmp_path, **options(), **checkpointing), want)
+
+
+def test_a_line_of_a_users_own_is_left_alone(tmp_path) -> None:
+    trainer = make_trainer(tmp_path)
+    trainer.log({"loss": 123.0})
+    assert logged(trainer) == [123.0]
+
+
+def test_a_second_trainer_may_choose_another_layout(tmp_path) -> None:
+    model = tiny.tiny_model()
+    for choice, data in (
+        ("segment", DATA),
+        ("dense", DATA),
+        ("auto", DataArguments(max_seq_length=128, packing=False)),
+    ):
+        trainer = make_trainer(tmp_path, model=model, attention_backend=choice, data=data)
+        assert trainer.layout.name == ("padded" if choice == "auto" else choice)
+    assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"tokenizer": None}, "use processing_class"),
+        ({"max_seq_length": 128}, "DataArguments"),
+        ({"compute_loss_func": print}, "overrides compute_loss"),
+        ({"args": {"output_dir": "x"}}, "args is a dict"),
+        ({"model": None}, "model is None"),
+        ({"train_dataset": {"train": []}}, "dict of train"),
+        ({"train_dataset": [{"input_ids": [1, 300], "labels": [1, 300]}]}, "token id 300.*259 embedding rows"),
+    ],
+)
+def test_wrong_calls_get_a_sentence(tmp_path, options: dict, message: str) -> None:
+    defaults = {"model": tiny.tiny_model(), "args": TrainingArguments(output_dir=str(tmp_path), use_cpu=True)}
+    with pytest.raises(ValueError, match=message):
+        SFTTrainer(**{**defaults, "train_dataset": token_rows(3), **options})
+
+
+def test_an_adapter_on_an_adapter_and_bfloat16_weights(tmp_path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(target_modules=["q_proj"])
+    with pytest.raises(ValueError, match="leave out one"):
+        make_trainer(tmp_path, model=get_peft_model(tiny.tiny_model(), config), peft_config=config)
+    with pytest.warns(UserWarning, match="bfloat16 weights are trained"):
+        make_trainer(tmp_path, model=tiny.tiny_model().bfloat16())

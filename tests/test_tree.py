@@ -23,9 +23,9 @@ CONFIGS = sorted(path for path in ROOT.glob("train_args/**/*") if path.suffix in
 FLOORS: list[list[str]] = [
     ["arguments", "conversion", "legacy", "checks", "training_arguments", "help", "parsing"],
     ["data.", "losses", "metrics", "attention.layout", "attention"],
-    ["models.", "models", "attention.", "collators", "data.pipeline", "checkpoints", "merging"],
+    ["models.wrappers", "models.", "models", "attention.", "collators", "data.pipeline", "checkpoints", "merging"],
     ["training.callbacks", "training"],
-    ["training.trainer"],
+    ["training.setup", "training.bin_trainer", "training.trainer"],
     ["tasks", "commands", "commands."],
     ["cli"],
 ]

@@ -65,6 +65,9 @@ class Segment:
         AttentionInterface.register(SEGMENT_NAME, segment_attention)
         # Calls without a layout (generation in a callback, say) get ordinary masks and run like sdpa.
         AttentionMaskInterface.register(SEGMENT_NAME, sdpa_mask)
+        layer_windows(model.config)  # kinds of layers that take their window from the mask would lose it
+        if model.config._attn_implementation != SEGMENT_NAME:
+            model._hf_sft_own_attention = model.config._attn_implementation  # type: ignore[assignment]
         model.set_attn_implementation(SEGMENT_NAME)
 
     def inputs(self, model: PreTrainedModel, layout: Layout) -> dict[str, Any]:
@@ -77,17 +80,29 @@ class Segment:
 BACKENDS: dict[str, Backend] = {"dense": Dense(), "segment": Segment()}
 
 
+def restore_attention(model: PreTrainedModel) -> str:
+    """Put the attention back that the model had before a backend was installed; returns its name."""
+    if model.config._attn_implementation == SEGMENT_NAME:
+        model.set_attn_implementation(str(model._hf_sft_own_attention))
+    return model.config._attn_implementation
+
+
 def layer_windows(config: Any) -> dict[str, int | None]:
     """The sliding window of each kind of layer (None: sees the whole document).
 
     Models with one kind of layer have one entry; those with several (Gemma 2 and 3, Qwen with ``use_sliding_window``) have the
     names that their ``layer_types`` use, which are also the keys of the mask dictionary that their forward takes.
+
+    Raises:
+        ValueError: for kinds of layers whose rule is not known here, such as chunked attention.
     """
     config = config.get_text_config()
     window = getattr(config, "sliding_window", None)
     kinds = sorted(set(getattr(config, "layer_types", None) or []))
     if not kinds:
         return {"full_attention": window}
+    if unknown := [kind for kind in kinds if kind not in ("full_attention", "sliding_attention")]:
+        raise ValueError(f"layers of type {', '.join(unknown)} follow a rule that packed attention does not know")
     return {kind: window if kind == "sliding_attention" else None for kind in kinds}
 
 

@@ -7,17 +7,16 @@ first must not change the second. Recurrent layers, dropped keywords and ignored
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_sft.attention.backends import BACKENDS, Backend
+from hf_sft.attention.backends import BACKENDS, Backend, restore_attention
 from hf_sft.attention.layout import Layout
+from hf_sft.models.wrappers import base_model, evaluating
 
 logger = logging.getLogger(__name__)
 
@@ -69,13 +68,14 @@ def choose_layout(model: nn.Module, requested: str = "auto", packing: bool | Non
         raise ValueError(
             f"attention_backend {requested!r} is not available; choose auto or one of {', '.join(BACKENDS)}"
         )
+    base = base_model(model)
     if packing is False:
+        restore_attention(base)
         if requested != "auto":
             raise ValueError(
                 f"attention_backend {requested!r} packs documents, and packing is false: leave out one of the two"
             )
         return Choice(None, "packing is false")
-    base = base_model(model)
     verdicts: list[Verdict] = []
     for name in ("segment", "dense") if requested == "auto" else (requested,):
         verdict = check_backend(model, BACKENDS[name])
@@ -96,7 +96,7 @@ def choose_layout(model: nn.Module, requested: str = "auto", packing: bool | Non
 def check_backend(model: nn.Module, backend: Backend) -> Verdict:
     """Measure one backend on ``model``; on success it stays installed, else the model's own attention is put back."""
     base = base_model(model)
-    own = base.config._attn_implementation
+    own = restore_attention(base)
     verdict = _measure(model, base, backend)
     if not verdict.passed:
         base.set_attn_implementation(own)
@@ -111,7 +111,7 @@ def _measure(model: nn.Module, base: PreTrainedModel, backend: Backend) -> Verdi
     first, other, second = (
         torch.randint(vocabulary, (length,), generator=generator).to(device) for length in (_LENGTHS[0], *_LENGTHS)
     )
-    with _evaluating(model):
+    with evaluating(model):
         apart = torch.cat([model(input_ids=ids[None], use_cache=False).logits[0] for ids in (first, second)])
         try:
             backend.install(base)
@@ -132,11 +132,6 @@ def _measure(model: nn.Module, base: PreTrainedModel, backend: Backend) -> Verdi
     return Verdict(backend.name, difference <= same, measured)
 
 
-def base_model(model: Any) -> PreTrainedModel:
-    """The transformers model inside PEFT's wrapper, or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
 def _packed_logits(model: nn.Module, backend: Backend, documents: list[Tensor]) -> Tensor:
     lengths = [len(document) for document in documents]
     device = documents[0].device
@@ -145,13 +140,3 @@ def _packed_logits(model: nn.Module, backend: Backend, documents: list[Tensor]) 
     inputs = backend.inputs(base_model(model), Layout(doc, pos, lengths))
     packed = torch.cat(documents)[None]
     return model(input_ids=packed, position_ids=pos[None], use_cache=False, **inputs).logits[0]
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)

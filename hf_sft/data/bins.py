@@ -34,7 +34,7 @@ class Bins(Dataset):
 
     def __init__(self, rows: Any, capacity: int | None) -> None:
         self.rows = rows.with_format("arrow") if hasattr(rows, "with_format") else rows
-        self.lengths = _document_lengths(self.rows)
+        self.lengths, self.largest_id = _measure(self.rows)
         self.bins = (
             [[i] for i in range(len(self.lengths))] if capacity is None else pack_documents(self.lengths, capacity)
         )
@@ -125,15 +125,19 @@ class BinLoader(DataLoader):
         self.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]
 
 
-def _document_lengths(rows: Any) -> list[int]:
+def _measure(rows: Any) -> tuple[list[int], int]:
+    """Length of each document, and the largest token id (-1 without tokens)."""
     if isinstance(rows, Sequence):
-        return [len(row["input_ids"]) for row in rows]
+        return [len(row["input_ids"]) for row in rows], max((max(row["input_ids"], default=-1) for row in rows), default=-1)
     import pyarrow.compute as pc
 
     lengths: list[int] = []
+    largest = -1
     for start in range(0, len(rows), 10_000):
-        lengths += pc.list_value_length(rows[start : start + 10_000]["input_ids"]).to_pylist()
-    return lengths
+        column = rows[start : start + 10_000]["input_ids"]
+        lengths += pc.list_value_length(column).to_pylist()
+        largest = max(largest, pc.max(pc.list_flatten(column)).as_py() or -1)
+    return lengths, largest
 
 
 def _split_column(column: Any) -> list[np.ndarray]:

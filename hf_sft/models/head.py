@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_sft.losses import LogitTransform, RowScores, score_logits, score_rows
+from hf_sft.models.wrappers import evaluating
 
 
 @dataclass
@@ -74,9 +75,10 @@ class HeadScorer:
             return False
         rows = torch.arange(input_ids.shape[1], device=input_ids.device)
         weight = torch.ones(len(rows), device=input_ids.device)
-        with self.scoring(rows, input_ids[0], weight) as request:
-            model(input_ids=input_ids, use_cache=False)
-        full = score_logits(model(input_ids=input_ids, use_cache=False).logits[0], input_ids[0], weight)
+        with evaluating(model):  # dropout would draw two different answers
+            with self.scoring(rows, input_ids[0], weight) as request:
+                model(input_ids=input_ids, use_cache=False)
+            full = score_logits(model(input_ids=input_ids, use_cache=False).logits[0], input_ids[0], weight)
         tolerance = 1e-4 if full.nll.dtype == torch.float64 or next(model.parameters()).dtype == torch.float32 else 5e-2
         assert request.scores is not None, "the head was not called"
         self.chunked = bool(

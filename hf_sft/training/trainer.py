@@ -15,34 +15,39 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any, cast
 
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
-from transformers.trainer_utils import EvalLoopOutput, seed_worker
+from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer_utils import EvalLoopOutput, PredictionOutput, TrainOutput
 
-from hf_sft.arguments import DataArguments, ModelArguments
+from hf_sft.arguments import DataArguments
 from hf_sft.attention.layout import Layout
-from hf_sft.attention.selfcheck import base_model, choose_layout
-from hf_sft.checkpoints import verify_adapter, verify_weights
-from hf_sft.collators import CONTRACT_KEYS, IGNORE, Batch, CausalCollator, LabelsCollator
-from hf_sft.data.bins import BinLoader, Bins, BinSampler, Examples
-from hf_sft.data.chat import end_of_turn_id
-from hf_sft.data.pipeline import rows_from_examples
+from hf_sft.attention.selfcheck import choose_layout
+from hf_sft.checkpoints import resolve_resume, verify_adapter, verify_weights
+from hf_sft.collators import CONTRACT_KEYS, IGNORE, Batch
 from hf_sft.losses import RowScores, score_logits
 from hf_sft.metrics import TokenSums, TokenTotals
 from hf_sft.models.adapters import save_adapter
 from hf_sft.models.head import HeadScorer
-from hf_sft.models.loading import check_max_seq_length, load_model, load_tokenizer
-from hf_sft.training_arguments import TrainingArguments, problems
+from hf_sft.models.wrappers import base_model
+from hf_sft.training.bin_trainer import BinTrainer
+from hf_sft.training.setup import (
+    check_arguments,
+    check_options,
+    prepare_data_arguments,
+    prepare_model,
+    prepare_tokenizer,
+)
+from hf_sft.training_arguments import TrainingArguments
 
 logger = logging.getLogger(__name__)
 
 
-class SFTTrainer(Trainer):
+class SFTTrainer(BinTrainer):
     """Fine-tune a causal LM on conversations or token rows.
 
     Args:
@@ -79,135 +84,49 @@ class SFTTrainer(Trainer):
         **trainer_options: Any,
     ) -> None:
         args = TrainingArguments() if args is None else args
-        self.data_args = DataArguments() if data_args is None else data_args
-        packing = False if data_collator is not None else self.data_args.packing
-        _check_arguments(args, packing)
-        if isinstance(model, str):
-            named = ModelArguments(model_name_or_path=model)
-            processing_class = processing_class or load_tokenizer(named)
-            model = load_model(named, tokenizer=processing_class, training=args)
-        if peft_config is not None:
-            model = cast(nn.Module, get_peft_model(cast(PreTrainedModel, model), peft_config))
-        check_max_seq_length(base_model(model), self.data_args.max_seq_length)
-        if getattr(base_model(model), "quantization_method", None) is None:
-            model.to(args.device)
+        check_options(trainer_options)
+        packing = None if data_args is None else data_args.packing
+        packing = False if data_collator is not None else packing  # ordinary collators make one row per document
+        check_arguments(args, packing)
+        model, processing_class = prepare_model(model, processing_class, peft_config, args)
+        self.data_args = prepare_data_arguments(data_args, model)
+        processing_class = prepare_tokenizer(processing_class, model, self.data_args)
 
         self.scorer = HeadScorer(model)
         self.layout = choose_layout(model, attention_backend, packing)
         logger.info("documents are laid out %s (%s)", self.layout.name, self.layout.reason)
         if not self.scorer.verify(model, torch.arange(16, device=args.device)[None]):
             logger.info(
-                "the head of this model is not a plain linear layer: its logits are computed whole, on scored rows"
+                "this model's head is not scored in chunks: its logits are computed whole, on the scored rows alone"
             )
 
         self.coefficients = (1.0, 0.0)
-        # Functions on logits expect one document per row.
-        self.collects_logits = trainer_options.get("compute_metrics") is not None
-        self._user_collator = data_collator
-        self._pad = getattr(processing_class, "pad_token_id", None) or 0
+        self.collects_logits = trainer_options.get("compute_metrics") is not None and not args.prediction_loss_only
+        self.user_collator = data_collator
+        self._read_model(model, processing_class)
         self._train_sums = self._eval_sums = TokenSums(args.device)
-        self._clock = time.perf_counter()
-        packed = self.layout.backend is not None
-        train = None if train_dataset is None else self._bins(train_dataset, processing_class, packed)
-        evaluation: Any = None
+        self._clock, self._logs_step = time.perf_counter(), False
+        train = None if train_dataset is None else self._bins(train_dataset, processing_class)
         if isinstance(eval_dataset, dict):
-            evaluation = {name: self._eval_bins(part, processing_class) for name, part in eval_dataset.items()}
+            eval_dataset = {k: self._bins(v, processing_class, evaluation=True) for k, v in eval_dataset.items()}
         elif eval_dataset is not None:
-            evaluation = self._eval_bins(eval_dataset, processing_class)
+            eval_dataset = self._bins(eval_dataset, processing_class, evaluation=True)
         super().__init__(
             model,
             args,
             None,
             train,
-            evaluation,
+            eval_dataset,
             processing_class=processing_class,
             callbacks=callbacks,
             **trainer_options,
         )
         # The loss is divided by N of the whole step here, and by nothing else in Trainer.
         self.loss_is_scaled_for_ga = True
-        _stop_at_end_of_turn(self._base, processing_class)
-
-    # ---- data ----
-
-    def _bins(self, dataset: Any, tokenizer: Any, packed: bool) -> Bins | Examples:
-        if self._user_collator is not None:
-            return Examples(dataset)
-        if isinstance(dataset, Bins):
-            return dataset
-        rows = rows_from_examples(dataset, tokenizer, data=self.data_args)
-        return Bins(rows, self.data_args.max_seq_length if packed else None)
-
-    def _eval_bins(self, dataset: Any, tokenizer: Any) -> Bins | Examples:
-        return self._bins(dataset, tokenizer, self.layout.backend is not None and not self.collects_logits)
-
-    def _loader(self, dataset: Bins | Examples, batch_size: int, *, accumulation: int, seed: int | None) -> BinLoader:
-        args = self.args
-        sampler = BinSampler(
-            len(dataset),
-            batch_size,
-            accumulation=accumulation,
-            world=args.world_size,
-            rank=args.process_index,
-            seed=seed,
-        )
-        packed = self.layout.backend is not None and getattr(dataset, "capacity", None) is not None
-        collator: Callable[[Any], Batch] = CausalCollator(packed, self._pad)
-        if self._user_collator is not None:
-            collator = LabelsCollator(self._user_collator, dataset[0, 0][0])
-        workers = args.dataloader_num_workers
-        return BinLoader(
-            dataset,
-            batch_sampler=sampler,
-            collate_fn=collator,
-            num_workers=workers,
-            pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
-            persistent_workers=args.dataloader_persistent_workers and workers > 0,
-            prefetch_factor=args.dataloader_prefetch_factor if workers else None,
-            worker_init_fn=partial(seed_worker, num_workers=workers, rank=args.process_index) if workers else None,
-        )
-
-    def get_train_dataloader(self) -> BinLoader:
-        """This rank's micro-batches; the order is drawn from (``data_seed`` or ``seed``, epoch)."""
-        if self.train_dataset is None:
-            raise ValueError("training needs a train_dataset")
-        shuffled = self.args.train_sampling_strategy != "sequential"
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        accumulation = self.args.gradient_accumulation_steps
-        return self._loader(
-            cast(Bins, self.train_dataset),
-            self._train_batch_size,
-            accumulation=accumulation,
-            seed=seed if shuffled else None,
-        )
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> BinLoader:
-        """This rank's batches of ``eval_dataset`` (data, the name of one of several, or by default the Trainer's own)."""
-        if isinstance(eval_dataset, str):
-            eval_dataset = cast(dict[str, Any], self.eval_dataset)[eval_dataset]
-        dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
-        if dataset is None:
-            raise ValueError("evaluation needs an eval_dataset")
-        if not isinstance(dataset, (Bins, Examples)):
-            dataset = self._eval_bins(dataset, self.processing_class)
-        return self._loader(dataset, self.args.eval_batch_size, accumulation=1, seed=None)
-
-    def get_test_dataloader(self, test_dataset: Any) -> BinLoader:
-        """As for evaluation."""
-        return self.get_eval_dataloader(test_dataset)
-
-    def num_examples(self, dataloader: Any) -> int:
-        """Documents, not bins."""
-        return sum(len(item) for item in getattr(dataloader.dataset, "bins", ())) or len(dataloader.dataset)
+        if self.compute_metrics is not None:
+            self.compute_metrics = _on_documents(self.compute_metrics, self)
 
     # ---- loss ----
-
-    def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> Tensor | None:
-        """[2] N per kind: summed over the micro-batches on the host, then over ranks."""
-        if not batch_samples:
-            return None
-        items = sum(batch["num_items"] for batch in batch_samples).to(device)
-        return self.accelerator.reduce(items, "sum") if self.args.world_size > 1 else items
 
     def compute_loss(  # type: ignore[override]  # N is one number per kind
         self,
@@ -225,7 +144,7 @@ class SFTTrainer(Trainer):
         """
         # 1. weight_i * c_kind / N_kind for every row; a kind that nothing asks for counts zero.
         items = inputs["num_items"] if num_items_in_batch is None else num_items_in_batch
-        share = torch.where(items > 0, items.new_tensor(self.coefficients) / items.clamp_min(1e-9), 0.0).float()
+        share = torch.where(items > 0, self._kind_coefficients / items.clamp_min(1e-9), 0.0).float()
         kind_R, weight_R = inputs["target_kind"], inputs["target_weight"]
         # 2. one forward of the whole model; its head scores the rows and returns none.
         with self.scorer.scoring(inputs["logits_to_keep"], inputs["target_ids"], weight_R * share[kind_R]) as request:
@@ -236,6 +155,11 @@ class SFTTrainer(Trainer):
         # 4. engines average gradients over ranks, and N is already global.
         loss = scores.loss * (self.args.world_size if num_items_in_batch is not None else 1)
         return (loss, outputs) if return_outputs else loss
+
+    @cached_property
+    def _kind_coefficients(self) -> Tensor:  # on the device once: a copy from the host would wait in every micro-batch
+        dtype = torch.float32 if self.args.device.type == "mps" else torch.float64
+        return torch.tensor(self.coefficients, dtype=dtype, device=self.args.device)
 
     def _model_inputs(self, batch: Batch) -> dict[str, Any]:
         inputs = {key: value for key, value in batch.items() if key not in CONTRACT_KEYS}
@@ -260,12 +184,6 @@ class SFTTrainer(Trainer):
         sums = self._train_sums if model.training else self._eval_sums
         sums.add(scores, batch["target_weight"], batch["target_kind"], batch["num_tokens"])
 
-    def _prepare_input(self, data: Any) -> Any:
-        # DeepSpeed's cast of every float tensor to the engine's type would round the weights of the rows.
-        if isinstance(data, Tensor):
-            return data.to(self.args.device, non_blocking=True)
-        return super()._prepare_input(data)
-
     def floating_point_ops(self, inputs: Batch) -> int:
         """6 x parameters x tokens (Kaplan et al., arXiv 2001.08361), padding not counted; parameters are counted once."""
         return 6 * self._parameter_count * inputs["num_tokens"]
@@ -279,7 +197,7 @@ class SFTTrainer(Trainer):
     def prediction_step(
         self, model: nn.Module, inputs: Batch, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[None, Tensor | None, Tensor | None]:
-        """Score one batch into the sums; logits and labels are returned only where ``compute_metrics`` wants them."""
+        """Score one batch into the sums; logits [B, L, V] and labels [B, L] are returned only where they are collected."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             if not self.collects_logits:
@@ -291,11 +209,25 @@ class SFTTrainer(Trainer):
         self._add_scores(model, inputs, scores)
         labels = torch.full_like(inputs["input_ids"], IGNORE)
         labels.view(-1)[rows + 1] = targets
-        return None, logits, labels
+        # Ranks gather arrays of one shape; the rows that fill up the last batch are cut off again before metrics see them.
+        missing = self.args.eval_batch_size - len(labels)
+        logits = nn.functional.pad(logits, (0, 0, 0, 0, 0, missing))
+        return None, logits, nn.functional.pad(labels, (0, 0, 0, missing), value=IGNORE)
+
+    def predict(self, *args: Any, **kwargs: Any) -> PredictionOutput:
+        """``Trainer.predict``: logits, labels and metrics, one row per document."""
+        before, self.collects_logits = self.collects_logits, not self.args.prediction_loss_only
+        try:
+            output = super().predict(*args, **kwargs)
+        finally:
+            self.collects_logits = before
+        count = self._eval_documents
+        return output._replace(predictions=_first(output.predictions, count), label_ids=_first(output.label_ids, count))
 
     def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """``Trainer.evaluation_loop`` with sums over all tokens divided once, instead of a mean of batch means."""
         self._eval_sums = TokenSums(self.args.device)
+        self._eval_documents = self.num_examples(dataloader)
         output = super().evaluation_loop(dataloader, description, *args, **kwargs)
         totals = TokenSums.totals(self._reduced(self._eval_sums))
         prefix = kwargs.get("metric_key_prefix", "eval")
@@ -308,7 +240,7 @@ class SFTTrainer(Trainer):
                 f"{prefix}_supervised_tokens": int(totals.rows[0]),
             }
         )
-        return output._replace(num_samples=self.num_examples(dataloader))
+        return output._replace(num_samples=self._eval_documents)
 
     def _reduced(self, sums: TokenSums) -> Tensor:
         state = sums.state()
@@ -316,22 +248,30 @@ class SFTTrainer(Trainer):
 
     # ---- log ----
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """``Trainer.train``, with the sums of the log at zero."""
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """``Trainer.train``; True or ``auto`` resumes from the newest complete checkpoint, if there is one."""
+        checkpoint = resolve_resume(str(self.args.output_dir), resume_from_checkpoint)
         self._train_sums, self._clock = TokenSums(self.args.device), time.perf_counter()
         self._run_state = self._train_sums.state()
-        return super().train(*args, **kwargs)
+        output = super().train(checkpoint, *args, **kwargs)
+        return output._replace(training_loss=output.metrics["train_loss"])
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        self._logs_step = True  # the next line with a loss is Trainer's own, on every rank
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        self._logs_step = False
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Make the losses of training means over tokens; add token accuracy, tokens per second and supervised share."""
-        if "loss" in logs:
+        if self._logs_step and "loss" in logs:
+            self._logs_step = False
             totals = self._drain()
             logs["loss"] = totals.loss(self.coefficients)
             logs["token_accuracy"] = totals.accuracy()
             logs["tokens_per_second"] = totals.tokens / (time.perf_counter() - self._clock)
             logs["supervised_share"] = totals.supervised_share
             self._clock = time.perf_counter()
-        elif "train_loss" in logs:
+        elif "train_loss" in logs and "train_runtime" in logs:
             self._drain()
             logs["train_loss"] = TokenSums.totals(self._run_state).loss(self.coefficients)
         super().log(logs, start_time)
@@ -380,26 +320,23 @@ class SFTTrainer(Trainer):
             cast(PreTrainedTokenizerBase, self.processing_class).save_pretrained(folder)
 
 
-def _check_arguments(args: Any, packing: bool | None) -> None:
-    """Refuse what is not honoured, and settle what Trainer would decide wrongly for us."""
-    if found := problems(args, packing=packing is not False):
-        raise ValueError("these training arguments cannot be honoured:\n  " + "\n  ".join(found))
-    if args.n_gpu > 1:
-        # Trainer would wrap the model in nn.DataParallel, which cuts a packed row [1, T] along its first axis.
-        logger.warning(
-            "%d GPUs are visible and no launcher was used: training on one (use torchrun for all)", args.n_gpu
+def _on_documents(compute_metrics: Callable[..., Any], trainer: SFTTrainer) -> Callable[..., Any]:
+    """``compute_metrics`` on the documents alone, without the rows that filled up the last batch."""
+
+    def cut(prediction: EvalPrediction, *args: Any, **kwargs: Any) -> Any:
+        count = trainer._eval_documents
+        arrays = {
+            "predictions": _first(prediction.predictions, count),
+            "label_ids": _first(prediction.label_ids, count),
+        }
+        return compute_metrics(
+            EvalPrediction(**arrays, inputs=_first(prediction.inputs, count), losses=prediction.losses), *args, **kwargs
         )
-        args._n_gpu = 1
-    if args.ddp_find_unused_parameters is None:
-        args.ddp_find_unused_parameters = False  # compute_loss keeps every part of the forward in the graph
+
+    return cut
 
 
-def _stop_at_end_of_turn(model: PreTrainedModel, tokenizer: Any) -> None:
-    """``generate`` must stop where the model learns to stop; templates end turns with other tokens than the tokenizer's eos."""
-    token = None if getattr(tokenizer, "chat_template", None) is None else end_of_turn_id(tokenizer)
-    config = model.generation_config
-    if token is None or config is None:
-        return
-    known = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    if token not in known:
-        config.eos_token_id = [token, *(eos for eos in known if eos is not None)]
+def _first(arrays: Any, count: int) -> Any:
+    if isinstance(arrays, (tuple, list)):
+        return type(arrays)(_first(array, count) for array in arrays)
+    return None if arrays is None else arrays[:count]

@@ -1,0 +1,132 @@
+"""A Trainer whose batches are bins of documents, dealt alike to every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+from transformers.trainer_utils import seed_worker
+
+from hf_sft.arguments import DataArguments
+from hf_sft.attention.selfcheck import Choice
+from hf_sft.collators import Batch, CausalCollator, LabelsCollator
+from hf_sft.data.bins import BinLoader, Bins, BinSampler, Examples
+from hf_sft.data.pipeline import rows_from_examples
+from hf_sft.models.wrappers import base_model
+
+
+class BinTrainer(Trainer):
+    """Data sets become bins, and loaders deal them; set the attributes below before ``Trainer.__init__`` runs.
+
+    Attributes:
+        data_args: lengths, packing, template and supervision.
+        layout: how documents are laid out.
+        collects_logits: evaluation needs one document per row, for functions on logits.
+        user_collator: a collator that replaces ours.
+        embedding_rows: token ids must be smaller.
+    """
+
+    data_args: DataArguments
+    layout: Choice
+    collects_logits: bool = False
+    user_collator: Callable[[list[Any]], Batch] | None = None
+    embedding_rows: int
+
+    def _read_model(self, model: nn.Module, tokenizer: Any) -> None:
+        self.embedding_rows = cast(nn.Embedding, base_model(model).get_input_embeddings()).weight.shape[0]
+        self._pad = getattr(tokenizer, "pad_token_id", None) or 0
+
+    def _bins(self, dataset: Any, tokenizer: Any, *, evaluation: bool = False) -> Bins | Examples:
+        """``dataset`` as bins: packed where the layout allows it."""
+        if isinstance(dataset, (Bins, Examples)):
+            return dataset
+        if isinstance(dataset, dict):
+            raise ValueError(f"a data set is wanted, and this is a dict of {', '.join(dataset)}: choose one of them")
+        if self.user_collator is not None and isinstance(dataset[0], dict) and "input_ids" in dataset[0]:
+            return Examples(dataset)
+        rows = rows_from_examples(dataset, tokenizer, data=self.data_args)
+        packed = self.layout.backend is not None and not (evaluation and self.collects_logits)
+        bins = Bins(rows, self.data_args.max_seq_length if packed else None)
+        if bins.largest_id >= self.embedding_rows:
+            raise ValueError(
+                f"the data holds token id {bins.largest_id}, and the model has {self.embedding_rows} embedding rows: "
+                "the tokenizer and the model do not belong together"
+            )
+        return Examples(rows) if self.user_collator is not None else bins
+
+    def _loader(self, dataset: Bins | Examples, batch_size: int, *, accumulation: int, seed: int | None) -> BinLoader:
+        args = self.args
+        sampler = BinSampler(
+            len(dataset),
+            batch_size,
+            accumulation=accumulation,
+            world=args.world_size,
+            rank=args.process_index,
+            seed=seed,
+        )
+        collator: Callable[[Any], Batch] = CausalCollator(getattr(dataset, "capacity", None) is not None, self._pad)
+        if self.user_collator is not None:
+            collator = LabelsCollator(self.user_collator, dataset[0, 0][0])
+        workers = args.dataloader_num_workers
+        return BinLoader(
+            dataset,
+            batch_sampler=sampler,
+            collate_fn=collator,
+            num_workers=workers,
+            pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
+            persistent_workers=args.dataloader_persistent_workers and workers > 0,
+            prefetch_factor=args.dataloader_prefetch_factor if workers else None,
+            worker_init_fn=partial(seed_worker, num_workers=workers, rank=args.process_index) if workers else None,
+        )
+
+    def get_train_dataloader(self) -> BinLoader:
+        """This rank's micro-batches; the order is drawn from (``data_seed`` or ``seed``, epoch)."""
+        if self.train_dataset is None:
+            raise ValueError("training needs a train_dataset")
+        args = self.args
+        seed: int | None = args.seed if args.data_seed is None else args.data_seed
+        if args.train_sampling_strategy == "sequential":
+            seed = None
+        dataset = cast(Bins, self.train_dataset)
+        return self._loader(dataset, self._train_batch_size, accumulation=args.gradient_accumulation_steps, seed=seed)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> BinLoader:
+        """This rank's batches of ``eval_dataset`` (data, the name of one of several, or by default the Trainer's own)."""
+        if isinstance(eval_dataset, str):
+            eval_dataset = cast(dict[str, Any], self.eval_dataset)[eval_dataset]
+        dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        if dataset is None:
+            raise ValueError("evaluation needs an eval_dataset")
+        bins = self._bins(dataset, self.processing_class, evaluation=True)
+        return self._loader(bins, self.args.eval_batch_size, accumulation=1, seed=None)
+
+    def get_test_dataloader(self, test_dataset: Any) -> BinLoader:
+        """As for evaluation."""
+        return self.get_eval_dataloader(test_dataset)
+
+    def num_examples(self, dataloader: Any) -> int:
+        """Documents, not bins."""
+        return sum(len(item) for item in getattr(dataloader.dataset, "bins", ())) or len(dataloader.dataset)
+
+    def _prepare_input(self, data: Any) -> Any:
+        # DeepSpeed's cast of every float tensor to the engine's type would round the weights of the rows.
+        if isinstance(data, Tensor):
+            return data.to(self.args.device, _sum_dtype(data, self.args.device), non_blocking=True)
+        return super()._prepare_input(data)
+
+    def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> Tensor | None:
+        """[2] N per kind: summed over the micro-batches on the host, then over ranks."""
+        if not batch_samples:
+            return None
+        items: Tensor = sum(batch["num_items"] for batch in batch_samples)
+        items = items.to(device, _sum_dtype(items, device))
+        return self.accelerator.reduce(items, "sum") if self.args.world_size > 1 else items
+
+
+def _sum_dtype(data: Tensor, device: torch.device) -> torch.dtype:
+    """MPS has no float64."""
+    return torch.float32 if data.dtype == torch.float64 and device.type == "mps" else data.dtype
