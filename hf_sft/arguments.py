@@ -89,7 +89,8 @@ class DataArguments:
         "error", "A record that cannot be read or encoded: stop, or skip and count."
     )
     train_on: Literal["assistant", "last", "all"] = arg(
-        "assistant", "Supervise every assistant turn, the last one only, or all tokens."
+        "assistant",
+        "Supervise every assistant turn, the last one only, or all tokens. Turns with train: false are left out.",
     )
     packing: bool | None = arg(
         None, "Pack several documents into one bin; they do not see each other. Default: if the model can be packed."

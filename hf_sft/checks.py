@@ -1,12 +1,14 @@
-"""Checks across arguments: what each value is right by itself, but not together with the others.
+"""Checks of typed values: their ranges, and what does not go together.
 
-Every check adds sentences to one list, so that a user sees all problems of a configuration at once.
+Every check yields sentences, so that a user sees all problems of a configuration at once.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
+from importlib.util import find_spec
 from typing import Any
 
 from hf_sft.arguments import DataArguments, LoraArguments, ModelArguments
@@ -15,6 +17,24 @@ LATER = {  # what the names of the interface promise and this version does not h
     "task_type": ("sft",),
     "objective": ("causal",),
     "attention_backend": ("auto", "dense", "segment"),
+}
+METRICS = ("loss", "perplexity", "token_accuracy", "supervised_tokens")  # of an evaluation by train.py
+_NOT_NEGATIVE = ("learning_rate", "weight_decay", "max_grad_norm", "adam_epsilon", "dataloader_num_workers")
+# What report_to can name: the modules of which one is needed, and the package that brings it. kubeflow needs none.
+_REPORTERS: dict[str, tuple[tuple[str, ...], str]] = {
+    "azure_ml": (("azureml",), "azureml-sdk"),
+    "clearml": (("clearml",), "clearml"),
+    "codecarbon": (("codecarbon",), "codecarbon"),
+    "comet_ml": (("comet_ml",), "comet-ml"),
+    "dagshub": (("dagshub",), "dagshub"),
+    "dvclive": (("dvclive",), "dvclive"),
+    "flyte": (("flytekit",), "flytekit"),
+    "mlflow": (("mlflow",), "mlflow"),
+    "neptune": (("neptune",), "neptune"),
+    "swanlab": (("swanlab",), "swanlab"),
+    "tensorboard": (("tensorboard", "tensorboardX"), "tensorboard"),
+    "trackio": (("trackio",), "trackio"),
+    "wandb": (("wandb",), "wandb"),
 }
 
 
@@ -32,6 +52,8 @@ def check_model(model: ModelArguments, given: set[str]) -> Iterator[str]:
             "train_mode qlora quantises trained weights, and config_name_or_path has none; "
             "use full, or model_name_or_path"
         )
+    if model.train_mode == "lora" and model.config_name_or_path is not None:
+        yield "train_mode lora needs a trained base, and config_name_or_path has none; use full, or model_name_or_path"
     if model.train_mode != "qlora":
         if model.quantization is not None:
             yield (
@@ -103,6 +125,7 @@ def check_training(training: Any, data: DataArguments, given: set[str]) -> Itera
         yield "fp16 and bf16 are both true: choose one (bf16 where the device has it)"
     if data.eval_file is None:
         wants = [f"eval_strategy is {_plain(training.eval_strategy)}"] if _plain(training.eval_strategy) != "no" else []
+        wants += ["save_strategy is best"] if _plain(training.save_strategy) == "best" else []
         wants += [f"{name} is true" for name in ("eval_on_start", "load_best_model_at_end") if getattr(training, name)]
         if training.do_eval and "do_eval" in given:
             wants.append("do_eval is true")
@@ -117,20 +140,84 @@ def check_training(training: Any, data: DataArguments, given: set[str]) -> Itera
     for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
         if getattr(training, name) < 1:
             yield f"{name} is {getattr(training, name)}: use at least 1"
-    if training.learning_rate < 0:
-        yield f"learning_rate is {training.learning_rate:g}: a rate is not negative"
+    for name in _NOT_NEGATIVE:
+        if getattr(training, name) < 0:
+            yield f"{name} is {getattr(training, name):g}: it must not be negative; use 0 or more"
+    for name in ("seed", "data_seed"):
+        value = getattr(training, name)
+        if value is not None and not 0 <= value < 2**32:
+            yield f"{name} is {value}: a seed lies between 0 and 2**32 - 1"
+    for name in ("adam_beta1", "adam_beta2"):
+        if not 0 <= getattr(training, name) < 1:
+            yield f"{name} is {getattr(training, name):g}: it is a share in [0, 1)"
     if training.max_steps <= 0 and training.num_train_epochs <= 0:
         yield f"num_train_epochs is {training.num_train_epochs:g} and max_steps is not set: nothing would be trained"
 
 
-def advice(model: ModelArguments) -> Iterator[str]:
-    """Requests that are honoured and yet rarely what is meant."""
-    if model.train_mode == "full" and model.dtype == "bfloat16":
+def check_metric(training: Any) -> Iterator[str]:
+    """The metric that chooses the best checkpoint is one that train.py measures."""
+    metric = training.metric_for_best_model
+    if metric is not None and metric.removeprefix("eval_") not in METRICS:
         yield (
-            "dtype is bfloat16 and train_mode is full: with 8 bits of mantissa most updates of a small learning rate "
-            "are rounded away (at 3e-6 about 4 % of the weights move). Leave dtype out and set bf16 to true: float32 "
-            "weights, bfloat16 arithmetic; or use an optimizer that keeps float32 masters"
+            f"metric_for_best_model is {metric!r}, which train.py does not measure; choose one of {', '.join(METRICS)} "
+            "(with or without eval_ before it)"
         )
+    elif metric is None and _plain(training.save_strategy) == "best" and not training.load_best_model_at_end:
+        yield f"save_strategy is best and metric_for_best_model is not set: choose one of {', '.join(METRICS)}"
+
+
+def check_report_to(training: Any) -> Iterator[str]:
+    asked = training.report_to
+    for name in asked if isinstance(asked, list) else [asked]:
+        if name in (None, "none", "all", "kubeflow"):
+            continue
+        if name not in _REPORTERS:
+            yield f"report_to is {name!r}: it must be none, all, kubeflow, {', '.join(sorted(_REPORTERS))}"
+            continue
+        modules, package = _REPORTERS[name]
+        if all(find_spec(module) is None for module in modules):
+            yield (
+                f"report_to is {name}, and {' or '.join(modules)} is not installed: pip install {package}, "
+                "or set report_to to none"
+            )
+
+
+def check_scheduler(training: Any) -> Iterator[str]:
+    """``lr_scheduler_kwargs`` against the signature of the scheduler that will take them."""
+    kwargs = training.lr_scheduler_kwargs
+    if isinstance(kwargs, str):
+        yield f'lr_scheduler_kwargs is {kwargs!r}: it must be an object, such as {{"num_cycles": 2}}'
+        return
+    kwargs, name = kwargs or {}, _plain(training.lr_scheduler_type)
+    taken, needed = _scheduler_parameters(name)
+    unknown = [key for key in kwargs if key not in taken]
+    if unknown:
+        takes = f"takes {', '.join(taken)}" if taken else "takes none: leave lr_scheduler_kwargs out"
+        yield f"lr_scheduler_kwargs has {', '.join(map(repr, unknown))}, and lr_scheduler_type {name} {takes}"
+    missing = [key for key in needed if key not in kwargs]
+    if missing:
+        yield f"lr_scheduler_type {name} needs {', '.join(missing)}: set it in lr_scheduler_kwargs"
+    floors = [key for key in ("min_lr", "min_lr_rate") if kwargs.get(key) is not None]
+    if {"min_lr", "min_lr_rate"} <= taken.keys() and len(floors) != 1:
+        found = "both are set" if floors else "neither is set"
+        yield f"lr_scheduler_type {name} needs min_lr or min_lr_rate in lr_scheduler_kwargs, and {found}: set one of them"
+
+
+def _scheduler_parameters(name: str) -> tuple[Mapping[str, Any], list[str]]:
+    """What lr_scheduler_kwargs can set for the scheduler, and which of it has no default."""
+    from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
+
+    if name in ("constant", "constant_with_warmup"):
+        return {}, []  # transformers passes nothing on to these two
+    function: Any = next(value for key, value in TYPE_TO_SCHEDULER_FUNCTION.items() if _plain(key) == name)
+    if any(each.kind is each.VAR_KEYWORD for each in inspect.signature(function).parameters.values()):
+        from torch.optim.lr_scheduler import ReduceLROnPlateau
+        from transformers import optimization
+
+        function = ReduceLROnPlateau if name == "reduce_lr_on_plateau" else optimization.GreedyLR
+    callers = ("optimizer", "num_warmup_steps", "num_training_steps", "last_epoch")
+    taken = {key: each for key, each in inspect.signature(function).parameters.items() if key not in callers}
+    return taken, [key for key, each in taken.items() if each.default is each.empty]
 
 
 def _plain(value: Any) -> str:

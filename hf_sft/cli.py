@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from hf_sft import __version__
-from hf_sft.help import print_requested_help
+from hf_sft.help import print_help, print_requested_help
 
 COMMANDS = {
     "train": "Fine-tune a model: arguments, data, training, checkpoint.",
@@ -19,6 +19,7 @@ COMMANDS = {
 _USAGE = """\
 usage: hf-sft COMMAND [arguments]
        hf-sft COMMAND --help
+       hf-sft --help [all]
 
 commands:
 {commands}
@@ -50,8 +51,10 @@ def run_command(function: Callable[[Sequence[str]], int | None], argv: Sequence[
 def main(argv: Sequence[str] | None = None) -> int:
     """``hf-sft COMMAND ...``; returns the exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    if not argv or argv[0] in ("-h", "--help", "help"):
+    if not argv or argv[0] in ("-h", "--help", "--help=all", "help"):
         print(usage())
+        if argv:
+            print_help("hf-sft train", all=argv[0] == "--help=all" or argv[1:2] == ["all"])
         return 0
     if argv[0] in ("-V", "--version"):
         print(f"hf-sft {__version__}")

@@ -20,7 +20,7 @@ Shapes: T packed tokens, B padded documents of up to L tokens, R scored rows, D 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,14 +29,13 @@ import torch
 from torch import Tensor
 
 from hf_sft.attention.layout import Layout
+from hf_sft.data.chat import IGNORE
 
-IGNORE = -100
 # What the Trainer reads itself; everything else in a batch goes to the model.
 CONTRACT_KEYS = frozenset(
     ["doc_ids", "doc_lengths", "logits_to_keep", "target_ids", "target_weight", "target_kind", "target_doc"]
     + ["num_items", "num_tokens"]
 )
-TokenRow = dict[str, Any]
 Batch = dict[str, Any]
 
 
@@ -55,9 +54,9 @@ class CausalCollator:
     pad_token_id: int = 0
     return_4d_mask: bool = False
 
-    def __call__(self, bins: Sequence[TokenRow | Sequence[TokenRow]]) -> Batch:
+    def __call__(self, bins: Sequence[Mapping[str, Any] | Sequence[Mapping[str, Any]]]) -> Batch:
         """Collate bins (lists of token rows ``{"input_ids", "labels"}``) or bare token rows into one batch."""
-        rows = [row for item in bins for row in ([item] if isinstance(item, dict) else item)]
+        rows = [row for item in bins for row in ([item] if isinstance(item, Mapping) else item)]
         documents = [np.asarray(row["input_ids"], dtype=np.int64) for row in rows]
         targets = [next_token_targets(np.asarray(row["labels"], dtype=np.int64)) for row in rows]
         tokens = sum(map(len, documents))

@@ -18,7 +18,7 @@ FALSE_WORDS = ("false", "no", "off", "f", "n", "0")
 _NAMES: dict[Any, str] = {
     bool: "true or false",
     int: "a whole number",
-    float: "a number",
+    float: "a finite number",
     str: "text",
     dict: "an object",
     type(None): "null",
@@ -161,7 +161,7 @@ def _to_float(value: Any) -> float:
         number = float(value)
     except (ValueError, OverflowError):
         raise ValueError(_NAMES[float]) from None
-    if math.isnan(number):
+    if not math.isfinite(number):
         raise ValueError(_NAMES[float])
     return number
 

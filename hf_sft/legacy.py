@@ -79,6 +79,8 @@ _NONE = ("false", "none", "null", "", "0", "no")
 _FSDP = "FSDP is not available in this version; leave it out"
 _DEEPSPEED = "DeepSpeed is not available in this version; leave it out and use torchrun (DDP)"
 _ATTENTION = "attention is chosen by attention_backend (auto, dense or segment); leave it out"
+_SPLIT = "nothing is split off the training data; name eval_file"
+_TOKENS = "the tokenizer's own tokens count: set it in its tokenizer_config.json; new_special_tokens adds tokens"
 _ENGINE = "the engine behind it is gone from transformers; leave it out"
 
 # Removed or renamed in transformers 5 (and late in 4).
@@ -145,6 +147,11 @@ _SCRIPTS: dict[str, Old] = {
     **dict.fromkeys(
         ("max_length", "model_max_length", "cutoff_len", "max_seq_len", "seq_length"), Old("max_seq_length")
     ),
+    **dict.fromkeys(
+        ("val_size", "val_set_size", "validation_split", "validation_split_percentage"),
+        Old(None, _refuse_unless((*_NONE, "0.0"), _SPLIT)),
+    ),
+    **dict.fromkeys(("eos_token", "pad_token", "bos_token"), Old(None, _refuse_unless(("none", "null"), _TOKENS))),
     **dict.fromkeys(("lora_r", "lora_dim"), Old("lora_rank")),
     **dict.fromkeys(("num_epochs", "epochs"), Old("num_train_epochs")),
     "lr": Old("learning_rate"),
@@ -179,7 +186,7 @@ _SCRIPTS: dict[str, Old] = {
     "zero_stage": Old(None, _refuse_unless(_NONE, _DEEPSPEED)),
 }
 LEGACY: dict[str, Old] = {**_TRANSFORMERS, **_SCRIPTS}
-MODE_FLAGS = {"use_lora": "lora", "use_qlora": "qlora", "q_lora": "qlora", "qlora": "qlora"}
+MODE_FLAGS = {"use_lora": "lora", "use_peft": "lora", "use_qlora": "qlora", "q_lora": "qlora", "qlora": "qlora"}
 
 # Values that were renamed under a key that stayed.
 LEGACY_VALUES: dict[str, dict[str, str]] = {

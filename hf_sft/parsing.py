@@ -48,7 +48,7 @@ class ArgumentsError(ValueError):
 class Arguments:
     """What ``parse_args`` returns.
 
-    ``given`` holds the (new) names of the keys that the user wrote, ``notes`` the lines to log: translations, advice.
+    ``given`` holds the (new) names of the keys that the user wrote, ``notes`` the lines to log: translations.
     """
 
     model: ModelArguments
@@ -252,7 +252,7 @@ def build_arguments(
     wanted = {key: value for key, value in typed.items() if key in training_names and key not in refused}
     draft: Any = SimpleNamespace(**{entry.name: _default(entry) for entry in fields(TrainingArguments)} | wanted)
     given = set(typed) | set(failed)
-    arguments = Arguments(model, data, lora, draft, given, notes + list(checks.advice(model)))
+    arguments = Arguments(model, data, lora, draft, given, notes)
     problems += check_arguments(arguments, given)
     if draft.fp16 and draft.bf16:
         wanted.pop("fp16")  # said above; what else TrainingArguments objects to is still to be heard
@@ -280,6 +280,9 @@ def check_arguments(arguments: Arguments, given: set[str]) -> list[str]:
         *checks.check_lora(lora, model.train_mode, given),
         *checks.check_data(data),
         *checks.check_training(arguments.training, data, given),
+        *checks.check_metric(arguments.training),
+        *checks.check_report_to(arguments.training),
+        *checks.check_scheduler(arguments.training),
     ]
     for name, value in (
         ("config_overrides", model.config_overrides),
@@ -331,7 +334,7 @@ def nearest(key: str, known: Iterable[str]) -> str:
     names = {name: name for name in known}
     old = {name: rule.new for name, rule in LEGACY.items() if rule.new} | dict.fromkeys(MODE_FLAGS, "train_mode")
     for candidates in (names, old):
-        for close in difflib.get_close_matches(key, candidates, n=1, cutoff=0.6):
+        for close in difflib.get_close_matches(key, candidates, n=1, cutoff=0.7):
             return f"did you mean {candidates[close]}?"
     inside = [name for name in names if key.lower() in name or name in key.lower()]
     return f"did you mean {inside[0]}?" if inside else "--help all lists them"

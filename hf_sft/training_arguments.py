@@ -7,11 +7,14 @@ with a sentence. Importing this module imports transformers; import it late.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 import transformers
+from transformers.trainer_utils import HubStrategy
 
 
 @dataclass(frozen=True)
@@ -33,11 +36,11 @@ _HONOURED = """
     optim optim_args optim_target_modules weight_decay adam_beta1 adam_beta2 adam_epsilon
     bf16 fp16 tf32 torch_empty_cache_steps debug skip_memory_metrics
     activation_checkpointing activation_checkpointing_kwargs gradient_checkpointing gradient_checkpointing_kwargs
-    logging_strategy logging_steps logging_first_step logging_nan_inf_filter log_on_each_node log_level
-    log_level_replica disable_tqdm include_num_input_tokens_seen
+    logging_strategy logging_steps logging_first_step log_on_each_node log_level
+    log_level_replica disable_tqdm
     report_to run_name project trackio_space_id trackio_bucket_id trackio_static_space_id
     eval_strategy eval_steps eval_delay eval_on_start eval_accumulation_steps eval_do_concat_batches
-    eval_use_gather_object prediction_loss_only batch_eval_metrics
+    eval_use_gather_object prediction_loss_only
     save_strategy save_steps save_total_limit save_only_model save_on_each_node enable_jit_checkpoint
     load_best_model_at_end metric_for_best_model greater_is_better restore_callback_states_from_checkpoint
     push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision
@@ -90,6 +93,15 @@ _REFUSED = {
         "losses are summed over all tokens and not kept; compute_metrics can have inputs beside logits and labels",
         ([], ["inputs"], None),
     ),
+    "batch_eval_metrics": Refused(
+        "logits of a batch are not handed over; compute_metrics gets them all at the end, so leave it false", _OFF
+    ),
+    "include_num_input_tokens_seen": Refused(
+        "tokens per second are in the log, and data_report.json counts the tokens; leave it out", ("no", False, None)
+    ),
+    "logging_nan_inf_filter": Refused(
+        "it would hide a loss that is NaN, and the log is a mean over tokens, not over steps; set it to false", _OFF
+    ),
     "use_cache": Refused("with a cache, packed documents see each other; leave it false", _OFF),
     "ignore_data_skip": Refused("a resumed run goes on with the data that it has not seen; leave it false", _OFF),
     "bf16_full_eval": Refused(_FULL_EVAL, _OFF),
@@ -99,6 +111,25 @@ _REFUSED = {
     "fsdp": Refused("FSDP is not available in this version; use torchrun (DDP)", (None, False, "", [])),
     "fsdp_config": Refused("FSDP is not available in this version; leave it unset"),
     "parallelism_config": Refused("only data parallelism is available in this version; leave it unset"),
+}
+_FP16 = "fp16 is true, and there is no accelerator{cpu}: autocast to float16 needs one; use bf16, or leave fp16 out"
+# The Trainer uploads checkpoints with a training_args.bin, which holds the token; at the end only what is saved by us.
+_UPLOADS = (
+    "hub_strategy is {value!r} and push_to_hub is true: uploads of checkpoints would publish the hub's token with the "
+    "arguments; set hub_strategy to end"
+)
+_THEIRS = {  # fields of other trainers' arguments, and what says the same here
+    "max_length": "set max_seq_length in DataArguments",
+    "max_seq_length": "set max_seq_length in DataArguments",
+    "packing": "set packing in DataArguments",
+    "eval_packing": "set packing in DataArguments",
+    "truncation_mode": "set overlength in DataArguments",
+    "chat_template_path": "set chat_template in DataArguments",
+    "assistant_only_loss": "only the assistant's turns are learned; see train_on in DataArguments",
+    "completion_only_loss": "only the assistant's turns are learned; see train_on in DataArguments",
+    "dataset_text_field": "records are conversations or token rows",
+    "dataset_num_proc": "the tokenizer runs its own threads",
+    "model_init_kwargs": "load the model yourself, or with hf_sft's load_model",
 }
 HONOURED = None  # the field does what Hugging Face documents
 FIELD_RULES: dict[str, Refused | None] = {**dict.fromkeys(_HONOURED, HONOURED), **_REFUSED}
@@ -151,7 +182,13 @@ class TrainingArguments(_Parent):
         metadata={"help": "Replace NaN losses in the log. Off: it hides them, and waits for the device each batch."},
     )
 
+    hub_strategy: HubStrategy | str = field(
+        default="end", metadata={"help": "Must stay end: uploads of checkpoints would publish the hub's token."}
+    )
+
     def __post_init__(self) -> None:
+        if self.greater_is_better is None and (self.metric_for_best_model or "").endswith("perplexity"):
+            self.greater_is_better = False  # the parent knows the loss alone
         super().__post_init__()
         accelerator: Any = self.accelerator_config
         if accelerator.dispatch_batches is None:
@@ -164,6 +201,11 @@ def refusals(values: Mapping[str, Any], packing: bool) -> dict[str, str]:
     for name, rule in FIELD_RULES.items():
         if rule is not HONOURED and name in values and not rule.allows(values[name], packing):
             found[name] = f"{name} is {values[name]!r}: {rule.why}"
+    if values.get("fp16") and (values.get("use_cpu") or not torch.accelerator.is_available()):
+        found["fp16"] = _FP16.format(cpu=" in use (use_cpu is true)" if values.get("use_cpu") else "")
+    strategy = getattr(values.get("hub_strategy"), "value", values.get("hub_strategy", "end"))
+    if values.get("push_to_hub") and strategy != "end":
+        found["hub_strategy"] = _UPLOADS.format(value=strategy)
     accelerator = values.get("accelerator_config")
     if accelerator is not None and not isinstance(accelerator, str):
         for name, rule in _ACCELERATOR_RULES.items():
@@ -180,11 +222,29 @@ def problems(training_args: transformers.TrainingArguments, packing: bool) -> li
     """One sentence for every field whose value this project refuses.
 
     Args:
-        training_args: ours or plain ``transformers.TrainingArguments``, whose defaults nobody asked for: the
-            SFTTrainer's own data loaders never remove a column.
+        training_args: ours, or ``transformers.TrainingArguments`` and its subclasses, whose defaults nobody asked for:
+            our data loaders never remove a column, and our log has no filter. Their own fields are not read.
         packing: whether documents may be packed, that is, DataArguments.packing is not False.
     """
     values = {entry.name: getattr(training_args, entry.name) for entry in dataclasses.fields(training_args)}
-    if not isinstance(training_args, TrainingArguments) and values["remove_unused_columns"]:
-        del values["remove_unused_columns"]
-    return list(refusals(values, packing).values())
+    found = [
+        f"{name} is {value}: it must be a finite number"
+        for name, value in values.items()
+        if isinstance(value, float) and not math.isfinite(value)
+    ]
+    if not isinstance(training_args, TrainingArguments):  # what a subclass of ours adds is its author's to read
+        for name in ("remove_unused_columns", "logging_nan_inf_filter"):
+            del values[name]
+        found += _unread(training_args)
+    return found + list(refusals(values, packing).values())
+
+
+def _unread(training_args: transformers.TrainingArguments) -> Iterator[str]:
+    """A sentence for each field that a subclass of transformers' adds and that somebody set; None asks for nothing."""
+    for entry in dataclasses.fields(training_args):
+        value = getattr(training_args, entry.name)
+        default = entry.default if entry.default_factory is dataclasses.MISSING else entry.default_factory()
+        if entry.name not in FIELD_RULES and value is not None and value != default:
+            way_out = _THEIRS.get(entry.name, "leave it out, or use hf_sft's TrainingArguments")
+            kind = type(training_args).__name__
+            yield f"{entry.name} is {value!r}: {kind}'s own fields are not read; {way_out}"

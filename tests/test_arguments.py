@@ -192,10 +192,13 @@ def test_convert(value, hint, result):
         (3.5, int, "a whole number"),
         (True, int, "a whole number"),
         (math.inf, int, "a whole number"),
-        ("x", float, "a number"),
-        (math.nan, float, "a number"),
-        (True, float, "a number"),
-        (None, float, "a number"),
+        ("x", float, "a finite number"),
+        (math.nan, float, "a finite number"),
+        (math.inf, float, "a finite number"),
+        ("-inf", float, "a finite number"),
+        ("1e999", float | None, "a finite number or null"),
+        (True, float, "a finite number"),
+        (None, float, "a finite number"),
         (2, bool, "true or false"),
         (5, str, "text"),
         ([1], list[str], "a list of text items"),
@@ -252,13 +255,13 @@ def test_every_problem_at_once():
         "learning_rte is no argument; did you mean learning_rate?",
         "eval_strategy is 'step': it must be one of",
         "max_seq_length is 3.5: it must be a whole number",
-        "eval_steps is 'x': it must be a number or null",
+        "eval_steps is 'x': it must be a finite number or null",
         "label_smoothing_factor is 0.1: the loss is the plain cross entropy",
         "deepspeed is 'a.json': DeepSpeed is not available in this version",
         "objective is wedlm, which is not available in this version; choose causal",
         "lora_rank belongs to an adapter, and train_mode is full",
         "train_file is not set",
-        "fp16 and bf16 are both true",
+        "fp16 is true, and there is no accelerator in use (use_cpu is true)",
         "Got warmup_steps = -1" if "Got warmup" in "".join(found) else "warmup_steps",
     ]
     assert [any(problem.startswith(start) for problem in found) for start in starts] == [True] * len(starts)
@@ -311,7 +314,7 @@ def test_unknown_key_without_neighbour():
         ({"max_eval_samples": 5}, "max_eval_samples is set and eval_file is not"),
         ({"task_type": "dpo"}, "task_type is dpo, which is not available in this version; choose sft"),
         ({"attention_backend": "flex"}, "choose auto or dense or segment"),
-        ({"fp16": True, "bf16": True}, "fp16 and bf16 are both true"),
+        ({"fp16": True}, "autocast to float16 needs one; use bf16, or leave fp16 out"),
         ({"eval_strategy": "epoch"}, "eval_strategy is epoch, and eval_file is not set"),
         ({"do_eval": True}, "do_eval is true, and eval_file is not set"),
         ({"do_eval": False, "eval_file": "e"}, "do_eval is false, and eval_file is set"),
@@ -320,6 +323,44 @@ def test_unknown_key_without_neighbour():
         ({"per_device_train_batch_size": 0}, "per_device_train_batch_size is 0"),
         ({"num_train_epochs": 0}, "nothing would be trained"),
         ({"learning_rate": -1}, "learning_rate is -1"),
+        ({"weight_decay": -0.1}, "weight_decay is -0.1: it must not be negative"),
+        ({"max_grad_norm": -1}, "max_grad_norm is -1"),
+        ({"dataloader_num_workers": -2}, "dataloader_num_workers is -2: it must not be negative"),
+        ({"adam_beta2": 1}, "adam_beta2 is 1: it is a share in"),
+        ({"seed": -1}, "seed is -1: a seed lies between 0"),
+        ({"data_seed": -1}, "data_seed is -1: a seed lies between 0"),
+        ({"train_mode": "lora", "model_name_or_path": None, "config_name_or_path": "c"}, "lora needs a trained base"),
+        ({"lr_scheduler_kwargs": "x"}, "lr_scheduler_kwargs is 'x': it must be an object"),
+        ({"lr_scheduler_kwargs": {"num_cycles": 2}}, "'num_cycles', and lr_scheduler_type linear takes none"),
+        (
+            {"lr_scheduler_type": "constant_with_warmup", "lr_scheduler_kwargs": {"num_cycles": 2}},
+            "constant_with_warmup takes none: leave lr_scheduler_kwargs out",
+        ),
+        ({"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"min_lr": 1}}, "cosine takes num_cycles"),
+        (
+            {"lr_scheduler_type": "cosine_with_min_lr"},
+            "needs min_lr or min_lr_rate in lr_scheduler_kwargs, and neither",
+        ),
+        ({"lr_scheduler_type": "warmup_stable_decay"}, "warmup_stable_decay needs num_decay_steps"),
+        (
+            {
+                "lr_scheduler_type": "reduce_lr_on_plateau",
+                "eval_strategy": "epoch",
+                "eval_file": "e",
+                "lr_scheduler_kwargs": {"patient": 2},
+            },
+            "has 'patient', and lr_scheduler_type reduce_lr_on_plateau takes mode, factor, patience",
+        ),
+        ({"metric_for_best_model": "accuracy"}, "choose one of loss, perplexity, token_accuracy, supervised_tokens"),
+        (
+            {"save_strategy": "best", "eval_file": "e", "eval_strategy": "epoch"},
+            "save_strategy is best and metric_for_best_model is not set",
+        ),
+        ({"save_strategy": "best", "metric_for_best_model": "loss"}, "save_strategy is best, and eval_file is not set"),
+        ({"report_to": "no_such_thing"}, "report_to is 'no_such_thing': it must be none, all"),
+        ({"push_to_hub": True, "hub_strategy": "checkpoint"}, "hub_strategy is 'checkpoint' and push_to_hub is true"),
+        ({"val_size": 0.1}, "val_size is 0.1: nothing is split off the training data; name eval_file"),
+        ({"eos_tok": "x"}, "eos_tok is no argument; --help all lists them"),
         ({"chat_template_kwargs": "x"}, "chat_template_kwargs is 'x': it must be an object"),
         ({"ddp_backend": "carrier_pigeon"}, "ddp_backend is 'carrier_pigeon': it must be one of"),
         ({"optim": "adamw_typo"}, "optim is 'adamw_typo': it must be one of"),
@@ -335,9 +376,61 @@ def test_qlora_from_scratch():
     assert "train_mode qlora quantises trained weights" in found[0]
 
 
-def test_bfloat16_weights_in_full_mode_are_advised_against():
-    assert [note for note in parse_values({**GOOD, "dtype": "bfloat16"}).notes if "rounded away" in note]
-    assert parse_values({**GOOD, "dtype": "bfloat16", "train_mode": "lora"}).notes == []
+def test_fp16_and_bf16_exclude_each_other(monkeypatch):
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
+    found = problems_of({"use_cpu": False, "fp16": True, "bf16": True})
+    assert found[0] == "fp16 and bf16 are both true: choose one (bf16 where the device has it)"
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 1e-6}},
+        {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"power": 2.0}},
+        {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": {"num_decay_steps": 5}},
+        {"lr_scheduler_type": "constant", "seed": 2**32 - 1, "data_seed": 0},
+        {"push_to_hub": True, "hub_model_id": "a/b"},
+        {"hub_strategy": "every_save"},
+        {"report_to": ["none"]},
+    ],
+)
+def test_good_values_pass(values):
+    assert parse_values({**GOOD, **values}).notes == []
+
+
+def test_integrations_that_are_not_installed(monkeypatch):
+    there = {"tensorboardX"}
+    monkeypatch.setattr("hf_sft.checks.find_spec", lambda name: name if name in there else None)
+    assert parse_values({**GOOD, "report_to": "tensorboard"}).training.report_to == ["tensorboard"]
+    found = problems_of({"report_to": ["comet_ml", "tensorboard", "wandb"]})
+    assert [problem.split(":")[1].split(",")[0] for problem in found] == [" pip install comet-ml", " pip install wandb"]
+    there.clear()
+    assert "report_to is tensorboard, and tensorboard or tensorboardX is not" in only_problem(
+        {"report_to": "tensorboard"}
+    )
+
+
+def test_known_integrations_are_those_of_transformers():
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    from hf_sft.checks import _REPORTERS
+
+    assert INTEGRATION_TO_CALLBACK.keys() - _REPORTERS.keys() == {"kubeflow"}
+
+
+@pytest.mark.parametrize(
+    ("metric", "given", "greater"),
+    [
+        ("perplexity", None, False),
+        ("eval_perplexity", None, False),
+        ("eval_loss", None, False),
+        ("token_accuracy", None, True),
+        ("perplexity", True, True),
+    ],
+)
+def test_best_is_the_smallest_perplexity(metric, given, greater):
+    values = {"metric_for_best_model": metric} | ({} if given is None else {"greater_is_better": given})
+    assert parse_values({**GOOD, **values}).training.greater_is_better is greater
 
 
 def test_secrets_stay_out_of_messages():
@@ -384,6 +477,9 @@ REFUSED_EXAMPLES = {
     "remove_unused_columns": True,
     "label_names": ["x"],
     "include_for_metrics": ["loss"],
+    "batch_eval_metrics": True,
+    "include_num_input_tokens_seen": "all",
+    "logging_nan_inf_filter": True,
     "use_cache": True,
     "ignore_data_skip": True,
     "bf16_full_eval": True,
@@ -426,6 +522,50 @@ def test_batches_are_ours_to_deal(name, value):
 def test_defaults_of_plain_training_arguments_are_nobodys_request():
     assert problems(transformers.TrainingArguments(use_cpu=True), packing=True) == []
     assert len(problems(transformers.TrainingArguments(use_cpu=True, use_cache=True), packing=True)) == 1
+
+
+def test_fields_of_other_trainers_are_not_swallowed():
+    @dataclasses.dataclass
+    class TheirConfig(transformers.TrainingArguments):
+        learning_rate: float = 2e-5
+        max_length: int | None = 1024
+        packing: bool = False
+        pad_to: int | str | None = "auto"
+        extra: dict = dataclasses.field(default_factory=dict)
+
+        def __post_init__(self):
+            super().__post_init__()
+            self.pad_to = None
+
+    assert problems(TheirConfig(use_cpu=True), packing=True) == []
+    assert problems(TheirConfig(use_cpu=True, max_length=64, packing=True, extra={"a": 1}), packing=True) == [
+        "max_length is 64: TheirConfig's own fields are not read; set max_seq_length in DataArguments",
+        "packing is True: TheirConfig's own fields are not read; set packing in DataArguments",
+        "extra is {'a': 1}: TheirConfig's own fields are not read; leave it out, or use hf_sft's TrainingArguments",
+    ]
+
+
+def test_defaults_of_trl_are_nobodys_request():
+    trl = pytest.importorskip("trl")
+    assert problems(trl.SFTConfig(use_cpu=True), packing=True) == []
+    assert len(problems(trl.SFTConfig(use_cpu=True, max_length=64), packing=True)) == 1
+
+
+def test_from_python_too():
+    class Adds(TrainingArguments):
+        own: int = 5
+
+    assert problems(Adds(use_cpu=True), packing=True) == []
+    args = TrainingArguments(use_cpu=True, learning_rate=math.inf, num_train_epochs=math.nan)
+    assert problems(args, packing=True) == [
+        "num_train_epochs is nan: it must be a finite number",
+        "learning_rate is inf: it must be a finite number",
+    ]
+    args = TrainingArguments(use_cpu=True)
+    args.fp16 = True
+    assert [problem[:12] for problem in problems(args, packing=True)] == ["fp16 is true"]
+    theirs = transformers.TrainingArguments(use_cpu=True, push_to_hub=True, hub_model_id="a/b")
+    assert [problem[:28] for problem in problems(theirs, packing=True)] == ["hub_strategy is 'every_save'"]
 
 
 def test_activation_checkpointing_under_its_name():

@@ -82,6 +82,20 @@ def test_turns_marked_not_to_be_learned(tokenizer) -> None:
     assert spans(tokenizer, messages) == spans(tokenizer, messages, train_on="last") == []
 
 
+def test_turns_left_out_of_all(tokenizer) -> None:
+    messages = chat("a", "b", "c", "d", system="s")
+    messages[2]["train"] = False
+    first, second = spans(tokenizer, messages, train_on="all")
+    assert first == "<|im_start|>system\ns<|im_end|>\n<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n"
+    assert second == "\n<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\nd<|im_end|>\n"
+    kept = {**encode_conversation(tokenizer, messages)}
+    assert kept["input_ids"] == encode_conversation(tokenizer, messages, train_on="all")["input_ids"]
+    del messages[2]["train"]
+    messages[1]["train"] = False
+    with pytest.raises(EncodingError, match=r"message 1 \(user\) has train: false, and train_on is all"):
+        encode_conversation(tokenizer, messages, train_on="all")
+
+
 @pytest.mark.parametrize(
     "texts",
     [
@@ -301,6 +315,26 @@ def test_no_guessing(template: str, reason: str | None) -> None:
         encode_conversation(tokenizer, chat("Hi", "Hello"))
 
 
+@pytest.mark.parametrize("texts", [("Hi", "Hello"), ("Hi", "Hello", "And?", "Bye")])
+def test_messages_show_no_placeholders(texts: tuple[str, ...]) -> None:
+    bare = tiny.CHATML.replace("<|im_end|>\n{% endfor", "{% endfor").replace("<|im_start|>{{", "{{")
+    shouting = tiny.CHATML + "{{ raise_exception('not this: ' + messages[1]['content']) }}"
+    for template in (bare, shouting):
+        with pytest.raises(EncodingError) as caught:
+            encode_conversation(tiny.tiny_tokenizer(template), chat(*texts))
+        assert not re.search("ue0f|[\ue0f0\ue0f1]", str(caught.value))
+
+
+def test_a_conversation_that_begins_with_the_assistant(tokenizer) -> None:
+    messages = chat("skip", "Welcome", "Hi", "Hello")[1:]
+    assert spans(tokenizer, messages) == ["Welcome<|im_end|>", "Hello<|im_end|>"]
+    strict = tiny.tiny_tokenizer("{% if messages[0]['role'] == 'system' %}{% endif %}" + tiny.CHATML)
+    with pytest.raises(EncodingError, match=r"begins with the assistant, .* train: false"):
+        encode_conversation(strict, messages)
+    messages[0]["train"] = False
+    assert spans(strict, messages) == ["Hello<|im_end|>"]
+
+
 def test_user_texts_may_be_changed_by_the_template() -> None:
     quoting = tiny.CHATML.replace(
         "{{ message['content'] }}",
@@ -338,6 +372,39 @@ def test_templates_that_are_not_there(tokenizer) -> None:
     bare.eos_token = None
     with pytest.raises(ValueError, match="eos_token"):
         resolve_template(bare, "plain")
+
+
+@pytest.mark.parametrize(
+    ("template", "problem"),
+    [
+        ("a\n{% for m in messages %}\nb", r"line 2: .*end.*'endfor'|line \d: Unexpected end of template"),
+        ("{{ messages[0] | nothing }}", "line 1: No filter named 'nothing'"),
+        ("\n\n{{ a b }}", "line 3: expected token"),
+        ("{% generation %}a", "line 1: "),
+        ("{% for m in messages %}{% endfor %}{% break %}", "'break' outside loop .a tag stands where it cannot"),
+    ],
+)
+def test_a_template_that_does_not_compile_is_found_once(tokenizer, tmp_path, template: str, problem: str) -> None:
+    path = tmp_path / "own.jinja"
+    path.write_text(template, encoding="utf-8")
+    for text, origin in ((template, "the text of chat_template"), (str(path), "own.jinja"), (None, "the tokenizer's")):
+        with pytest.raises(ValueError, match=f"{origin}.* is no valid Jinja template: ({problem})"):
+            resolve_template(tiny.tiny_tokenizer(template) if text is None else tokenizer, text)
+
+
+def test_tags_that_transformers_adds_are_known(tokenizer) -> None:
+    template = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% break %}{% endfor %}"
+    assert resolve_template(tokenizer, template) == template
+    assert tokenizer.apply_chat_template(chat("a", "b"), chat_template=template, tokenize=False) == "a"
+
+
+def test_texts_that_are_no_template(tokenizer, tmp_path) -> None:
+    for text in ("no braces " * 500, "with a null\0"):
+        with pytest.raises(ValueError, match=r"chat_template is '.{1,90}: no known name .*no file"):
+            resolve_template(tokenizer, text)
+    (tmp_path / "empty.jinja").write_text(" \n")
+    with pytest.raises(ValueError, match=r"empty\.jinja is empty"):
+        resolve_template(tokenizer, str(tmp_path / "empty.jinja"))
 
 
 def test_chatml_needs_its_tokens(real) -> None:

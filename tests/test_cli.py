@@ -50,6 +50,19 @@ def test_train_help_lists_every_own_field(capsys):
     assert "--learning_rate" not in out
 
 
+@pytest.mark.parametrize(
+    ("words", "all"), [(["--help"], False), (["-h"], False), (["--help", "all"], True), (["--help=all"], True)]
+)
+def test_help_of_the_program_lists_commands_and_fields(capsys, words, all):
+    assert cli.main(words) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(cli.usage())
+    assert "usage: hf-sft train [FILE" in out
+    for cls in (ModelArguments, DataArguments, LoraArguments):
+        assert [f"  --{name} " in out for name in cls.__dataclass_fields__] == [True] * len(cls.__dataclass_fields__)
+    assert ("  --learning_rate NUMBER" in out) is all
+
+
 @pytest.mark.parametrize("words", [["--help", "all"], ["--help=all"]])
 def test_help_all_adds_hugging_face(capsys, words):
     with pytest.raises(SystemExit) as left:

@@ -77,6 +77,32 @@ def test_a_broken_array_names_its_line(tmp_path: Path, tail: str) -> None:
         list(read_records(path))
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            json.dumps(RECORDS[0], indent=2),
+            r"x\.json is one JSON object over several lines.*JSON lines or a JSON array",
+        ),
+        ("\ufeff\n" + json.dumps(RECORDS[0], indent=2) * 2, "begins with a JSON object over several lines"),
+        ("question,answer\n1+1,2\n2+2,4\n", r"holds no JSON: it begins with 'question,answer', like CSV.*JSON lines"),
+        ("just text", "holds no JSON: it begins with 'just text'"),
+        ("caf\xe9;\n\n", "holds no JSON"),
+    ],
+)
+def test_files_of_another_shape_are_named_once(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        list(read_records(write(tmp_path / "x.json", text)))
+
+
+@pytest.mark.parametrize("first", ["question,answer", '{"question": "a"', '{"question": NaN}', '{"a": "caf\udce9"}'])
+def test_one_broken_line_is_not_the_whole_file(tmp_path: Path, first: str) -> None:
+    data = f"{first}\n{json.dumps(RECORDS[0])}\n".encode(errors="surrogateescape")
+    bad, good = list(read_records(write(tmp_path / "x.jsonl", data)))
+    assert isinstance(bad.value, BadRecord)
+    assert good.value == RECORDS[0]
+
+
 def test_files_that_hold_no_records(tmp_path: Path) -> None:
     cases = {
         "no such data file": tmp_path / "missing.jsonl",
@@ -170,6 +196,10 @@ def with_turn(**changes) -> list:
         (with_turn(train="yes"), "train of message 1"),
         ([{**TURNS[0], "train": True}, TURNS[1]], r"train of message 0 \(user\)"),
         ({"question": 1, "answer": "2"}, "question is int 1"),
+        ({"question": "a", "answer": None}, "^answer is null, but question/answer needs"),
+        ({"messages": None, "prompt": "a", "completion": None}, "^completion is null, but prompt/completion"),
+        ({"question": None, "answer": None}, "^question and answer are null"),
+        ({"messages": None}, "^messages is null"),
         ({"prompt": "a", "completion": TURNS[1:]}, "both be strings or both be lists"),
         ({"messages": TURNS, "tools": "{"}, "tools is a string that is no JSON"),
         ({"messages": TURNS, "tools": ["add"]}, "tools is .*must be a list of function schemas"),

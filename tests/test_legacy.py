@@ -60,6 +60,7 @@ def test_table_points_from_old_names_to_existing_ones():
         ({"quantization_bit": 4}, {"quantization": "nf4"}),
         ({"load_in_8bit": True}, {"quantization": "int8"}),
         ({"deepspeed_zero_stage": 0}, {}),
+        ({"val_size": 0.0}, {}),
         ({"stage": "sft", "finetuning_type": "lora"}, {"task_type": "sft", "train_mode": "lora"}),
     ],
 )
@@ -79,6 +80,7 @@ def test_new_keys_pass_silently():
     ("flags", "mode"),
     [
         ({"use_lora": True}, "lora"),
+        ({"use_peft": True}, "lora"),
         ({"q_lora": True}, "qlora"),
         ({"use_qlora": "true"}, "qlora"),
         ({"use_lora": True, "q_lora": True}, "qlora"),
@@ -116,6 +118,8 @@ def test_flags_say_the_train_mode(flags, mode):
         {"flash_attn": "fa2"},
         {"bnb_4bit_quant_type": "fp4"},
         {"use_ipex": True},
+        {"val_size": 0.1},
+        {"eos_token": "<|im_end|>"},
     ],
 )
 def test_contradictions_are_problems(old):

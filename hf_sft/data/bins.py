@@ -16,7 +16,6 @@ from torch.utils.data import DataLoader, Dataset
 from hf_sft.data.packing import pack_documents
 
 EMPTY = -1
-TokenRow = dict[str, Any]
 
 
 class Bins(Dataset):
@@ -43,7 +42,7 @@ class Bins(Dataset):
     def __len__(self) -> int:
         return len(self.bins)
 
-    def __getitem__(self, index: tuple[int, int]) -> list[TokenRow]:
+    def __getitem__(self, index: tuple[int, int]) -> list[dict[str, Any]]:
         _, number = index
         if number == EMPTY:
             return []
@@ -128,7 +127,9 @@ class BinLoader(DataLoader):
 def _measure(rows: Any) -> tuple[list[int], int]:
     """Length of each document, and the largest token id (-1 without tokens)."""
     if isinstance(rows, Sequence):
-        return [len(row["input_ids"]) for row in rows], max((max(row["input_ids"], default=-1) for row in rows), default=-1)
+        return [len(row["input_ids"]) for row in rows], max(
+            (max(row["input_ids"], default=-1) for row in rows), default=-1
+        )
     import pyarrow.compute as pc
 
     lengths: list[int] = []

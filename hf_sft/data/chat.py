@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, NamedTuple, TypedDict
 
 from hf_sft.data.formats import Conversation, check_messages, check_template_kwargs
-from hf_sft.data.spans import EncodingError, Markers, SpanFinder, TemplateRefusal, template_tags
+from hf_sft.data.spans import EncodingError, Markers, SpanFinder, TemplateRefusal, template_tags, without_sentinels
 from hf_sft.data.templates import resolve_template, special_tokens
 
 __all__ = [
@@ -32,9 +32,17 @@ TrainOn = Literal["assistant", "last", "all"]
 # A piece that continues a text is tokenised behind one of these where the tokenizer would put a space before it.
 _ANCHORS = ("\n", ":", ">", "x")
 
-# A rendered conversation is cut into pieces: read, written by the model, read but for the end token at its beginning.
-_READ, _WRITTEN, _END, _ALL = range(4)
-Piece = tuple[str, int]
+# Which tokens of a piece are learned.
+_ALL, _NONE, _FIRST, _REST = slice(None), slice(0), slice(1), slice(1, None)
+
+
+class Piece(NamedTuple):
+    """A part of a rendered conversation that is tokenised by itself."""
+
+    text: str
+    learned: slice
+    written: bool = False  # by the model: it continues a prompt
+    ends: bool = False  # begins with the token that ends a turn
 
 
 class TokenRow(TypedDict):
@@ -58,7 +66,8 @@ def encode_conversation(
         tokenizer: a fast tokenizer with a chat template.
         messages: ``[{"role": ..., "content": ...}, ...]``; an assistant's message with ``train: false`` is not learned.
         tools: function schemas for the template.
-        train_on: supervise every assistant turn with its end-of-turn token, the last one only, or all tokens.
+        train_on: supervise every assistant turn with its end-of-turn token, the last one only, or all tokens but those of
+            turns with ``train: false``.
         chat_template_kwargs: variables for the template.
 
     Returns:
@@ -132,12 +141,12 @@ class ChatEncoder:
         """The token row of each conversation, or the error that says why it has none."""
         if train_on not in ("assistant", "last", "all"):
             raise ValueError(f"train_on is {train_on!r}; it must be assistant, last or all")
-        plans: list[list[tuple[str, int]] | EncodingError] = []
+        plans: list[list[Piece] | EncodingError] = []
         for conversation in conversations:
             try:
                 plans.append(self._plan(conversation, train_on))
             except EncodingError as error:
-                plans.append(EncodingError(str(error)))
+                plans.append(EncodingError(without_sentinels(str(error))))
         ids = self._encode_pieces(piece for plan in plans if isinstance(plan, list) for piece in plan)
         return [plan if isinstance(plan, EncodingError) else self._assemble(plan, ids) for plan in plans]
 
@@ -151,34 +160,34 @@ class ChatEncoder:
             return self._render(turns, conversation.tools, kwargs, generation_prompt)
 
         text = render(messages, False)
-        if train_on == "all":
-            return [(text, _ALL)]
-        turns = [i for i, message in enumerate(conversation.messages) if message["role"] == "assistant"]
-        turns = [
-            i for i in (turns if train_on == "assistant" else turns[-1:]) if conversation.messages[i].get("train", True)
-        ]
+        turns = _turns_to_find(conversation.messages, train_on)
+        # The turns of "all" are those that are left out of it, with the tokens that end them.
+        around, inside, after = (_ALL, _NONE, _REST) if train_on == "all" else (_NONE, _ALL, _FIRST)
         if not turns:
-            return [(text, _READ)]
+            return [Piece(text, around)]
         context = f"{conversation.tools} {kwargs}" if conversation.tools or kwargs else ""
         pieces: list[Piece] = []
-        position, kind = 0, _READ
-        for span in self.finder.find(render, text, messages, tuple(turns), context):
-            pieces += [(text[position : span.start], kind), (text[span.start : span.end], _WRITTEN)]
-            position, kind = span.end, _END
-        return [*pieces, (text[position:], kind)]
+        position, learned = 0, around
+        for span in self.finder.find(render, text, messages, turns, context):
+            pieces.append(Piece(text[position : span.start], learned, ends=bool(pieces)))
+            pieces.append(Piece(text[span.start : span.end], inside, written=True))
+            position, learned = span.end, after
+        return [*pieces, Piece(text[position:], learned, ends=True)]
 
     def _render(
         self, messages: list[dict[str, Any]], tools: list[Any] | None, kwargs: dict[str, Any], prompt: bool
     ) -> str:
+        turns: Any = messages if messages else [[]]  # transformers takes an empty conversation in a batch alone
         try:
             text = self.tokenizer.apply_chat_template(
-                messages,
+                turns,
                 tools=tools,
                 chat_template=self.template,
                 add_generation_prompt=prompt,
                 tokenize=False,
                 **kwargs,
             )
+            text = text if messages else text[0]
             text.encode("utf-8")
         except Exception as error:  # a template is code: it may raise whatever it likes
             raise TemplateRefusal(
@@ -202,7 +211,7 @@ class ChatEncoder:
 
     def _encode_pieces(self, pieces: Iterable[Piece]) -> dict[tuple[str, bool], list[int] | EncodingError]:
         """Token ids of each distinct text, by (text, whether it continues a text)."""
-        keys = list(dict.fromkeys((text, kind == _WRITTEN and self._adds_prefix) for text, kind in pieces))
+        keys = list(dict.fromkeys((piece.text, piece.written and self._adds_prefix) for piece in pieces))
         anchor = _ANCHORS[0]
         ids: list[Any] = self._tokenise([anchor + text if continues else text for text, continues in keys])
         if self._adds_prefix:
@@ -229,18 +238,38 @@ class ChatEncoder:
         self, plan: list[Piece], ids: dict[tuple[str, bool], list[int] | EncodingError]
     ) -> TokenRow | EncodingError:
         row = TokenRow(input_ids=[], labels=[])
-        for text, kind in plan:
-            piece = ids[text, kind == _WRITTEN and self._adds_prefix]
-            if isinstance(piece, EncodingError):
-                return piece
-            learned = len(piece) if kind in (_WRITTEN, _ALL) else 1 if kind == _END else 0
-            if kind == _END and piece[0] not in self.special_ids:
+        for piece in plan:
+            tokens = ids[piece.text, piece.written and self._adds_prefix]
+            if isinstance(tokens, EncodingError):
+                return tokens
+            if piece.ends and tokens[0] not in self.special_ids:
                 return EncodingError(
                     "the tokenizer does not read the end-of-turn token as one token; do not split special tokens"
                 )
-            row["input_ids"] += piece
-            row["labels"] += piece[:learned] + [IGNORE] * (len(piece) - learned)
+            labels = [IGNORE] * len(tokens)
+            labels[piece.learned] = tokens[piece.learned]
+            row["input_ids"] += tokens
+            row["labels"] += labels
         return row
+
+
+def _turns_to_find(messages: Sequence[dict[str, Any]], train_on: TrainOn) -> tuple[int, ...]:
+    """The assistant's turns that are learned or, where everything else is, those that are not.
+
+    Raises:
+        EncodingError: everything is to be learned but a message of another role.
+    """
+    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    if train_on != "all":
+        return tuple(i for i in (turns if train_on == "assistant" else turns[-1:]) if messages[i].get("train", True))
+    left_out = tuple(i for i, message in enumerate(messages) if not message.get("train", True))
+    others = [i for i in left_out if i not in turns]
+    if others:
+        raise EncodingError(
+            f"message {others[0]} ({messages[others[0]]['role']}) has train: false, and train_on is all, which can leave "
+            "out assistant turns alone; remove the mark, or set train_on to assistant"
+        )
+    return left_out
 
 
 def fast_backend(tokenizer: Any) -> Any:

@@ -94,6 +94,24 @@ def _is_array_of_records(value: Any) -> bool:
     return isinstance(value, list) and not (value and isinstance(value[0], dict) and "role" in value[0])
 
 
+def _refuse_other_text(path: Path, lines: list[bytes]) -> None:
+    """Raise for a file whose first lines show that no line of it will be a record."""
+    if any(isinstance(_parse(line), (dict, list)) for line in lines):
+        return  # JSON lines, one of them perhaps broken
+    way_out = 'Write each record on one line (JSON lines), or all records in one array, "[...]".'
+    if not lines[0].startswith(b"{"):
+        first = _shorten(lines[0].decode("utf-8", "replace"))
+        raise ValueError(f"{path} holds no JSON: it begins with {first!r}, like CSV or plain text. {way_out}")
+    try:
+        text = path.read_bytes().decode("utf-8-sig").lstrip()
+        _, end = _decoder.raw_decode(text)
+    except (ValueError, RecursionError):
+        return
+    if "\n" in text[:end]:
+        whole = "begins with a JSON object" if text[end:].strip() else "is one JSON object"
+        raise ValueError(f"{path} {whole} over several lines, and JSON lines or a JSON array are wanted. {way_out}")
+
+
 def _read_array(path: Path) -> list[Any] | None:
     """The items if the whole file is one JSON array of records, None if it is JSON lines."""
     with path.open("rb") as file:
@@ -104,6 +122,7 @@ def _read_array(path: Path) -> list[Any] | None:
                 return None
             lines = [line.strip()] if line.strip() else []
     if not lines[0].startswith(b"["):
+        _refuse_other_text(path, lines)
         return None
     first = _parse(lines[0])
     if not isinstance(first, BadRecord):  # a line that is complete: an array file only if nothing follows it
@@ -161,7 +180,8 @@ def read_records(path: str | Path) -> Iterator[Record]:
     A record that cannot be read is a :class:`BadRecord`; the caller decides whether to stop.
 
     Raises:
-        ValueError: see :func:`check_file`; also a file without any record, and a broken JSON array.
+        ValueError: see :func:`check_file`; also a file without any record, a broken JSON array, an object over several
+            lines, and text that is no JSON.
     """
     path = check_file(path)
     items = _read_array(path)
@@ -288,24 +308,25 @@ def _prompt_completion(record: dict[str, Any]) -> list[Any]:
 
 
 class Format(NamedTuple):
-    """A shape of record: its name, how it looks, and the messages in it."""
+    """A shape of record: its name, the keys that it has (a list has none), and the messages in it."""
 
     name: str
-    matches: Callable[[Any], bool]
+    keys: tuple[str, ...]
     messages: Callable[[Any], Any]
 
-
-def _has(*keys: str) -> Callable[[Any], bool]:
-    return lambda record: isinstance(record, dict) and all(record.get(key) is not None for key in keys)
+    def matches(self, record: Any) -> bool:
+        if not self.keys:
+            return isinstance(record, list)
+        return isinstance(record, dict) and all(record.get(key) is not None for key in self.keys)
 
 
 # The first row that matches counts.
 FORMATS: tuple[Format, ...] = (
-    Format("array of {role, content}", lambda record: isinstance(record, list), lambda record: record),
-    Format("messages", _has("messages"), lambda record: record["messages"]),
-    Format("prompt/generation", _has("prompt", "generation"), _two_texts("prompt", "generation")),
-    Format("prompt/completion", _has("prompt", "completion"), _prompt_completion),
-    Format("question/answer", _has("question", "answer"), _two_texts("question", "answer")),
+    Format("array of {role, content}", (), lambda record: record),
+    Format("messages", ("messages",), lambda record: record["messages"]),
+    Format("prompt/generation", ("prompt", "generation"), _two_texts("prompt", "generation")),
+    Format("prompt/completion", ("prompt", "completion"), _prompt_completion),
+    Format("question/answer", ("question", "answer"), _two_texts("question", "answer")),
 )
 
 
@@ -340,6 +361,18 @@ def check_template_kwargs(value: Any) -> dict[str, Any] | None:
     return value
 
 
+def _refuse_null(record: dict[str, Any]) -> None:
+    """Raise for a record that would be in a known format if a value were not null."""
+    rows = [row for row in FORMATS if row.keys and record.keys() >= set(row.keys)]
+    if rows:
+        row = max(rows, key=lambda row: sum(record[key] is not None for key in row.keys))
+        empty = [key for key in row.keys if record[key] is None]
+        verb = "is" if len(empty) == 1 else "are"
+        raise FormatError(
+            f"{' and '.join(empty)} {verb} null, but {row.name} needs a text or messages there; write them"
+        )
+
+
 def to_conversation(value: Any) -> Conversation:
     """The conversation that a record holds, in whichever of ``FORMATS`` it is.
 
@@ -358,6 +391,8 @@ def to_conversation(value: Any) -> Conversation:
                 _tools(extra.get("tools")),
                 check_template_kwargs(extra.get("chat_template_kwargs")),
             )
+    if isinstance(value, dict):
+        _refuse_null(value)
     found = f"an object with {', '.join(map(repr, value)) or 'no keys'}" if isinstance(value, dict) else _shorten(value)
     known = ", ".join(row.name for row in FORMATS)
     raise FormatError(f"no known format: {_shorten(found, 120)}; known are {known}")

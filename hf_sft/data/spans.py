@@ -38,6 +38,11 @@ class EncodingError(ValueError):
     """A conversation whose supervised tokens are not certain; it must be left out or mended."""
 
 
+def without_sentinels(text: str) -> str:
+    """A message for users, which may quote a skeleton."""
+    return _SLOT.sub("...", text)
+
+
 class TemplateRefusal(EncodingError):
     """A chat template that raises an error for a conversation."""
 
@@ -288,7 +293,16 @@ def _find_start(
     Returns:
         The position, and whether the turn begins with the whole prompt.
     """
-    prompt = render(masked[:turn], True)
+    try:
+        prompt = render(masked[:turn], True)
+    except TemplateRefusal:
+        if turn:
+            raise
+        raise EncodingError(
+            "the conversation begins with the assistant, and the chat template cannot write a prompt without messages, so "
+            "where the model starts to write is not certain; begin with a user or system message, or mark message 0 with "
+            "train: false"
+        ) from None
     after_prompt, after_full = _anchors(prompt, full, len(prompt))
     first_own = min((full.index(s) for s in map(_SENTINEL.format, own) if s in full), default=len(full))
     if first_own < after_full:
@@ -339,7 +353,7 @@ def _find_end(
     if first is None or full[text_end : first.start()].strip():
         raise EncodingError(
             f"the chat template does not end the assistant's message {turn} with a special token of this tokenizer "
-            f"(after the text comes {full[text_end : text_end + 40]!r}), so the model would not learn to stop; "
+            f"(after the text comes {full[text_end : min(stop, text_end + 40)]!r}), so the model would not learn to stop; "
             "use another chat_template, or add its end-of-turn token (new_special_tokens)"
         )
     return first.start(), first[0]

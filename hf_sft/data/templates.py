@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from pathlib import Path
 from typing import Any
@@ -48,8 +49,45 @@ def resolve_template(tokenizer: Any, chat_template: str | None) -> str:
 
     Raises:
         ValueError: the tokenizer has no template and none is given; no such name or file; a named template whose
-            special tokens the tokenizer lacks.
+            special tokens the tokenizer lacks; a template that is no valid Jinja.
     """
+    text, origin = _find_template(tokenizer, chat_template)
+    error = syntax_error(text)
+    if error is not None:
+        raise ValueError(f"{origin} is no valid Jinja template: {error}. Mend it, or set chat_template to another one.")
+    return text
+
+
+@functools.lru_cache(maxsize=32)
+def syntax_error(template: str) -> str | None:
+    """What is wrong with a template's text, with its line; None if it compiles with the tags that transformers knows."""
+    from jinja2 import TemplateSyntaxError, nodes
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """``{% generation %}...{% endgeneration %}`` marks what the assistant writes."""
+
+        tags = {"generation"}
+
+        def parse(self, parser: Any) -> nodes.Node:
+            line = next(parser.stream).lineno
+            return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True)).set_lineno(line)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+    )
+    try:
+        environment.from_string(template)
+    except TemplateSyntaxError as error:
+        return f"line {error.lineno}: {(error.message or 'it cannot be read').rstrip('.')}"
+    except SyntaxError as error:  # of the code that Jinja makes: {% break %} outside a loop
+        return f"{error.msg} (a tag stands where it cannot)"
+    return None
+
+
+def _find_template(tokenizer: Any, chat_template: str | None) -> tuple[str, str]:
+    """The text, and where it comes from, for messages."""
     names = ", ".join(NAMED_TEMPLATES)
     if chat_template is None:
         own = getattr(tokenizer, "chat_template", None)
@@ -60,22 +98,30 @@ def resolve_template(tokenizer: Any, chat_template: str | None) -> str:
                 "The tokenizer has no chat template, and conversations cannot be written without one. "
                 f"Set chat_template to one of: {names}, or to a file or text of a Jinja template."
             )
-        return own
+        return own, "the tokenizer's chat template"
     if chat_template in NAMED_TEMPLATES:
         _check_named(tokenizer, chat_template)
-        return NAMED_TEMPLATES[chat_template]
+        return NAMED_TEMPLATES[chat_template], f"chat_template {chat_template}"
     if re.search(r"\{[{%]", chat_template):
-        return chat_template
+        return chat_template, "the text of chat_template"
     path = Path(chat_template)
-    if not path.is_file():
+    try:
+        found = path.is_file()
+    except (OSError, ValueError):  # a text that is too long for a name, or that no name can hold
+        found = False
+    if not found:
+        shown = repr(chat_template if len(chat_template) <= 80 else chat_template[:77] + "...")
         raise ValueError(
-            f"chat_template is {chat_template!r}: no known name ({names}), no file, and no Jinja text (which holds "
+            f"chat_template is {shown}: no known name ({names}), no file, and no Jinja text (which holds "
             "'{{' or '{%'). Use one of these."
         )
     try:
-        return path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise ValueError(f"chat_template {path} is not in UTF-8. Save it as UTF-8.") from None
+    if not text.strip():
+        raise ValueError(f"chat_template {path} is empty. Write a Jinja template to it, or use one of: {names}.")
+    return text, f"chat_template {path}"
 
 
 def _check_named(tokenizer: Any, name: str) -> None:

@@ -28,7 +28,8 @@ from hf_sft.arguments import DataArguments
 from hf_sft.attention.layout import Layout
 from hf_sft.attention.selfcheck import choose_layout
 from hf_sft.checkpoints import resolve_resume, verify_adapter, verify_weights
-from hf_sft.collators import CONTRACT_KEYS, IGNORE, Batch
+from hf_sft.collators import CONTRACT_KEYS, Batch
+from hf_sft.data.chat import IGNORE
 from hf_sft.losses import RowScores, score_logits
 from hf_sft.metrics import TokenSums, TokenTotals
 from hf_sft.models.adapters import save_adapter
