@@ -30,6 +30,7 @@ setup(
         "numpy>=1.26",
         "pyyaml>=6.0",
         "jinja2>=3.1",
+        "psutil>=6.0",
     ],
     extras_require={
         "quant": QUANT,

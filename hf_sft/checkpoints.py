@@ -26,12 +26,17 @@ import hf_sft
 logger = logging.getLogger(__name__)
 
 ARGUMENTS_FILE = "args.json"
+RESOLVED = "resolved"  # the group of an args.json that says what came of the given values
 # What two runs must share for the second to go on with the first.
 IDENTITY_FIELDS = (
-    "model_name_or_path", "config_name_or_path", "train_file", "task_type", "objective", "train_mode", "seed",
-    "max_seq_length", "packing", "lora_rank", "lora_alpha", "lora_target_modules", "lora_bias", "use_dora", "use_rslora",
-    "modules_to_save",
+    "model_name_or_path", "model_revision", "config_name_or_path", "config_overrides", "tokenizer_name_or_path",
+    "new_special_tokens", "train_mode", "dtype", "quantization", "double_quantization",
+    "lora_rank", "lora_alpha", "lora_target_modules", "lora_bias", "use_dora", "use_rslora", "modules_to_save",
+    "train_file_hash", "max_train_samples", "task_type", "objective", "train_on", "chat_template", "chat_template_kwargs",
+    "max_seq_length", "overlength", "packing", "seed", "data_seed", "train_sampling_strategy", "global_batch_size",
 )  # fmt: skip
+# What only a run that has ended leaves at the top of its folder.
+_RESULTS = ("*.safetensors", "adapter_config.json", "config.json", "trainer_state.json", "*_results.json")
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "bitsandbytes", "deepspeed")
 _SECRET = re.compile(r"(^|_)(token|secret|password|passwd|api_?key|credentials?)s?($|_)", re.IGNORECASE)
 _NOT_SECRET = frozenset({"mask_token", "pad_token", "eos_token", "bos_token", "unk_token"})
@@ -43,13 +48,6 @@ class CheckpointError(RuntimeError):
 
 
 # Weights
-
-
-def verify_saved(folder: str | os.PathLike[str], model: nn.Module) -> None:
-    """Check what ``model.save_pretrained(folder)`` wrote: an adapter or whole weights."""
-    from peft import PeftModel
-
-    (verify_adapter if isinstance(model, PeftModel) else verify_weights)(folder, model)
 
 
 def verify_adapter(folder: str | os.PathLike[str], model: nn.Module) -> None:
@@ -152,14 +150,9 @@ def _header(path: Path) -> Shapes:
 def _blank(tensors: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """Tensors of the same whole shapes without any numbers; names that share a tensor share its blank."""
     blanks = {
-        id(tensor): torch.empty(_shape(tensor), device="meta") for tensor in tensors.values() if torch.is_tensor(tensor)
+        id(tensor): torch.empty(tensor.shape, device="meta") for tensor in tensors.values() if torch.is_tensor(tensor)
     }
     return {name: blanks[id(tensor)] for name, tensor in tensors.items() if torch.is_tensor(tensor)}
-
-
-def _shape(tensor: torch.Tensor) -> tuple[int, ...]:
-    """The whole shape, also of a shard under ZeRO-3."""
-    return tuple(getattr(tensor, "ds_shape", tensor.shape))
 
 
 def _count(shape: tuple[int, ...]) -> int:
@@ -203,8 +196,9 @@ def versions() -> dict[str, str]:
 
 
 def identity(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of grouped ``arguments`` that make a run this run (IDENTITY_FIELDS)."""
-    flat = {name: value for group in arguments.values() if isinstance(group, Mapping) for name, value in group.items()}
+    """The fields of grouped ``arguments`` that make a run this run (IDENTITY_FIELDS), as they were given."""
+    groups = [group for key, group in arguments.items() if key != RESOLVED and isinstance(group, Mapping)]
+    flat = {name: value for group in groups for name, value in group.items()}
     return {name: flat[name] for name in IDENTITY_FIELDS if name in flat}
 
 
@@ -235,8 +229,6 @@ def incomplete(checkpoint: str | os.PathLike[str]) -> str | None:
     try:
         if (path / "adapter_config.json").is_file():
             shapes = _header(path / "adapter_model.safetensors")
-        elif any(path.glob("pytorch_model_fsdp*")):
-            shapes = {"sharded": (1,)}
         else:
             shapes = weight_shapes(path)
     except CheckpointError as error:
@@ -248,12 +240,8 @@ def incomplete(checkpoint: str | os.PathLike[str]) -> str | None:
 
 def _incomplete_state(path: Path) -> str | None:
     """The same for optimizer, scheduler and random states."""
-    engine = (path / "latest").is_file() and any(
-        entry.is_dir() and any(entry.iterdir()) for entry in path.glob("global_step*")
-    )
-    sharded = any(any(entry.iterdir()) for entry in path.glob("optimizer_*") if entry.is_dir())
     random_states = sorted(path.glob("rng_state*.pth"))
-    files = [*random_states, path / "scheduler.pt", *([] if engine or sharded else [path / "optimizer.pt"])]
+    files = [*random_states, path / "scheduler.pt", path / "optimizer.pt"]
     if not random_states:
         return "rng_state.pth is missing"
     for file in files:
@@ -266,15 +254,24 @@ def _incomplete_state(path: Path) -> str | None:
     return None
 
 
-def last_complete_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
-    """The newest ``checkpoint-N`` that training can go on from; what is skipped is logged with the reason."""
-    folder = Path(output_dir)
+def global_step(checkpoint: str | os.PathLike[str]) -> int:
+    """Optimizer steps that ``checkpoint`` has behind it."""
+    return int(json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))["global_step"])
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """``checkpoint-N``, newest first."""
     numbered = [
         (int(match[1]), path)
         for path in folder.glob("checkpoint-*")
         if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))
     ]
-    for _, path in sorted(numbered, reverse=True):
+    return [path for _, path in sorted(numbered, reverse=True)]
+
+
+def last_complete_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
+    """The newest ``checkpoint-N`` that training can go on from; what is skipped is logged with the reason."""
+    for path in _checkpoints(Path(output_dir)):
         reason = incomplete(path)
         if reason is None:
             return str(path)
@@ -307,48 +304,63 @@ def resolve_resume(output_dir: str | os.PathLike[str], value: str | bool | None)
 def check_output_dir(
     output_dir: str | os.PathLike[str], identity: Mapping[str, Any], resume: str | bool | None
 ) -> None:
-    """Refuse to write into another run's folder.
+    """Refuse a folder that cannot be written to, and another run's.
 
     Args:
         identity: the fields that make this run what it is, as :func:`identity` gives them.
         resume: the value of resume_from_checkpoint.
 
     Raises:
-        ValueError: the folder holds a run and nothing is resumed, or the run in it differs in a field of ``identity``.
+        ValueError: no folder can be there; or it holds a run and nothing is resumed, or one that differs in ``identity``, or one
+            that is finished and left no checkpoint to go on from.
     """
     folder = Path(output_dir)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"output_dir {str(folder)!r} is a file; name a folder.")
-    signs = (
-        ARGUMENTS_FILE,
-        "checkpoint-*",
-        "*.safetensors",
-        "adapter_config.json",
-        "config.json",
-        "trainer_state.json",
-        "*_results.json",
-    )
-    held = sorted({path.name for sign in signs for path in folder.glob(sign)}) if folder.is_dir() else []
-    if not held:
+    _check_writable(folder)
+    held = {
+        sign: sorted(path.name for path in folder.glob(sign)) for sign in (ARGUMENTS_FILE, "checkpoint-*", *_RESULTS)
+    }
+    names = sorted({name for found in held.values() for name in found})
+    if not names:
         return
-    resuming = not (resume is None or resume is False or str(resume).strip().lower() in ("", "false", "none", "no"))
-    if not resuming:
+    where = f"output_dir {str(folder)!r}"
+    if resume is None or resume is False or str(resume).strip().lower() in ("", "false", "none", "no"):
         raise ValueError(
-            f"output_dir {str(folder)!r} holds another run ({', '.join(held[:4])}). Set resume_from_checkpoint to auto to go on "
+            f"{where} holds another run ({', '.join(names[:4])}). Set resume_from_checkpoint to auto to go on "
             "with it, or choose another output_dir."
         )
-    before = _saved_identity(folder / ARGUMENTS_FILE)
-    differing = {
-        name: (before[name], value)
-        for name, value in identity.items()
-        if name in before and _plain(value) != before[name]
-    }
-    if differing:
-        lines = "; ".join(f"{name} was {old!r} and is {new!r}" for name, (old, new) in differing.items())
+    _check_identity(where, _saved_identity(folder / ARGUMENTS_FILE), identity)
+    results = sorted({name for sign in _RESULTS for name in held[sign]})
+    if results and all(incomplete(path) for path in _checkpoints(folder)):
         raise ValueError(
-            f"output_dir {str(folder)!r} holds a run with other settings, so it cannot be resumed: {lines}. "
-            "Set them as they were, or choose another output_dir."
+            f"{where} holds a finished run ({', '.join(results[:4])}) and no complete checkpoint to go on from; starting anew "
+            "would write over it. Choose another output_dir."
         )
+
+
+def _check_writable(folder: Path) -> None:
+    """The folder, or the nearest one above it that exists, must take new files."""
+    place = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
+    if not place.is_dir():
+        raise ValueError(f"output_dir {str(folder)!r} cannot be made: {str(place)!r} is a file; name another folder.")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise ValueError(f"output_dir {str(folder)!r}: {str(place)!r} cannot be written to; name another folder.")
+
+
+def _check_identity(where: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    differing = [name for name, value in now.items() if name in before and _plain(value) != before[name]]
+    if not differing:
+        return
+    lines = "; ".join(f"{name} was {before[name]!r} and is {now[name]!r}" for name in differing)
+    why = (
+        " The global batch (processes x per_device_train_batch_size x gradient_accumulation_steps) decides which rows each step "
+        "sees: with another, rows would be repeated or skipped."
+        if "global_batch_size" in differing
+        else ""
+    )
+    raise ValueError(
+        f"{where} holds a run with other settings, so it cannot be resumed: {lines}.{why} "
+        "Set them as they were, or choose another output_dir."
+    )
 
 
 def _saved_identity(path: Path) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import logging
 import os
 import tempfile
 from pathlib import Path
+from typing import cast
 
 import torch
 from peft import PeftModel
@@ -58,7 +59,7 @@ def merge_adapter(
     own = _own_dtype(arguments)
     # DoRA divides by a norm of the sum, so its sums are formed in float32; plain LoRA adds in float32 by itself.
     arguments.dtype = "float32" if config.use_dora else own  # type: ignore[assignment]
-    model = _load_base(arguments)
+    model = cast(PreTrainedModel, load_model(arguments))
     tokenizer = load_tokenizer(
         ModelArguments(model_name_or_path=_tokenizer_source(adapter, base), trust_remote_code=trust_remote_code)
     )
@@ -86,15 +87,6 @@ def _merge(model: PreTrainedModel, adapter: str, tokens: int) -> PreTrainedModel
     merged = peft_model.merge_and_unload(safe_merge=True)  # safe: a NaN in the sum is an error
     merged.tie_weights()
     return merged
-
-
-def _load_base(arguments: ModelArguments) -> PreTrainedModel:
-    """The base's original weights, without the warning about training in low precision."""
-    import warnings
-
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="dtype .* with train_mode full")
-        return load_model(arguments)  # type: ignore[return-value]
 
 
 def _own_dtype(arguments: ModelArguments) -> str:

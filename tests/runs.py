@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import tiny
 
@@ -42,6 +43,16 @@ def train(values: dict[str, Any]) -> Path:
 
     assert main(_words(values)) == 0
     return Path(values["output_dir"])
+
+
+def train_in_memory(values: dict[str, Any]) -> tuple[Path, Any]:
+    """As ``train``; returns the trainer, with the trained model, as well."""
+    from hf_sft import tasks
+
+    kept: list[Any] = []
+    build = tasks.build_trainer
+    with mock.patch.object(tasks, "build_trainer", side_effect=lambda *parts: kept.append(build(*parts)) or kept[0]):
+        return train(values), kept[0]
 
 
 def train_process(

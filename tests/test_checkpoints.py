@@ -16,11 +16,9 @@ from hf_sft.checkpoints import (
     CheckpointError,
     check_output_dir,
     identity,
-    incomplete,
     last_complete_checkpoint,
     resolve_resume,
     save_arguments,
-    verify_saved,
     verify_weights,
 )
 
@@ -41,7 +39,7 @@ def test_whole_weights_pass(tmp_path, family, tied) -> None:
         model = AutoModelForCausalLM.from_config(config)
     model.save_pretrained(tmp_path, max_shard_size="60KB")
     assert (tmp_path / "model.safetensors.index.json").is_file()
-    verify_saved(tmp_path, model)
+    verify_weights(tmp_path, model)
     verify_weights(tmp_path, AutoModelForCausalLM.from_pretrained(tmp_path))
     with torch.device("meta"):
         verify_weights(tmp_path, AutoModelForCausalLM.from_config(model.config))
@@ -165,16 +163,6 @@ def test_incomplete_checkpoints_are_skipped_with_the_reason(tmp_path, caplog, na
         resolve_resume(tmp_path, str(tmp_path / "checkpoint-2"))
 
 
-def test_sharded_states_count_as_optimizer(tmp_path) -> None:
-    path = checkpoint(tmp_path, 1)
-    (path / "optimizer.pt").unlink()
-    assert "optimizer.pt" in (incomplete(path) or "")
-    (path / "global_step1").mkdir()
-    (path / "global_step1" / "states.pt").write_bytes(b"x")
-    (path / "latest").write_text("global_step1")
-    assert incomplete(path) is None
-
-
 def test_resolve_resume(tmp_path) -> None:
     path = str(checkpoint(tmp_path, 3))
     for value in (None, False, "false", "False", "none", ""):
@@ -219,9 +207,23 @@ def test_a_folder_of_another_run_is_refused(tmp_path, name) -> None:
     for resume in (None, False, "false"):
         with pytest.raises(ValueError, match=f"(?s)another run.*{name}.*resume_from_checkpoint.*another output_dir"):
             check_output_dir(tmp_path, identity(GROUPS), resume)
-    check_output_dir(tmp_path, identity(GROUPS), "auto")
-    with pytest.raises(ValueError, match="is a file"):
-        check_output_dir(tmp_path / "notes.txt", identity(GROUPS), None)
+    if name in ("args.json", "checkpoint-5"):  # killed before its first checkpoint was whole
+        check_output_dir(tmp_path, identity(GROUPS), "auto")
+    else:
+        with pytest.raises(ValueError, match=f"(?s)finished run.*{name}.*another output_dir"):
+            check_output_dir(tmp_path, identity(GROUPS), "auto")
+        checkpoint(tmp_path, 6)
+        check_output_dir(tmp_path, identity(GROUPS), "auto")
+
+
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path, monkeypatch) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    for below in ("notes.txt", "notes.txt/out", "notes.txt/a/b"):
+        with pytest.raises(ValueError, match=r"notes\.txt' is a file; name another folder"):
+            check_output_dir(tmp_path / below, identity(GROUPS), None)
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path) != tmp_path)
+    with pytest.raises(ValueError, match="cannot be written to; name another folder"):
+        check_output_dir(tmp_path / "a" / "b", identity(GROUPS), None)
 
 
 def test_resuming_another_run_is_refused_with_both_values(tmp_path) -> None:
@@ -234,6 +236,13 @@ def test_resuming_another_run_is_refused_with_both_values(tmp_path) -> None:
         ValueError, match=r"lora_rank was 16 and is 8; lora_target_modules was \['all-linear'\] and is \['q_proj'\]"
     ):
         check_output_dir(tmp_path, identity(other), "auto")
+    larger = {**GROUPS, "run": {"global_batch_size": 16, "train_file_hash": "b"}, "resolved": {"seed": 7}}
+    check_output_dir(tmp_path, identity(larger), "auto")  # the record is of a version that did not write these
+    save_arguments(tmp_path, {**GROUPS, "run": {"global_batch_size": 8, "train_file_hash": "a"}})
+    with pytest.raises(ValueError) as refused:
+        check_output_dir(tmp_path, identity(larger), "auto")
+    for part in ("global_batch_size was 8 and is 16", "train_file_hash was 'a' and is 'b'", "repeated or skipped"):
+        assert part in str(refused.value)
     (tmp_path / "args.json").write_text("{")
     with pytest.raises(ValueError, match="cannot be read"):
         check_output_dir(tmp_path, identity(GROUPS), "auto")

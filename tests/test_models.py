@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
-import warnings
 from pathlib import Path
 
 import pytest
@@ -14,7 +14,13 @@ from tiny import save_tiny, tiny_model, tiny_tokenizer
 
 from hf_sft.arguments import LoraArguments, ModelArguments
 from hf_sft.models.loading import check_max_seq_length, load_model, load_tokenizer
-from hf_sft.models.vocabulary import added_token_ids, grow_embeddings, resize_embeddings
+from hf_sft.models.vocabulary import (
+    add_special_tokens,
+    added_token_ids,
+    grow_embeddings,
+    resize_embeddings,
+    vocabulary_rows,
+)
 
 NEW = ["<|tool|>", "<|mask|>"]
 
@@ -52,24 +58,6 @@ def test_type_of_the_weights(folder, fields, lora, expected) -> None:
     trained = {p.dtype for p in model.parameters() if p.requires_grad}
     assert frozen == {expected}
     assert trained == {torch.float32}
-
-
-def test_low_precision_in_full_mode_warns_why(folder) -> None:
-    with pytest.warns(UserWarning, match="rounded away"):
-        model = load_model(arguments(folder, dtype="bfloat16"))
-    assert model.dtype == torch.bfloat16
-
-    class WithEngine:
-        deepspeed = "zero.json"
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        load_model(arguments(folder, dtype="bfloat16"), training=WithEngine())
-
-
-def test_trained_biases_in_low_precision_warn(folder) -> None:
-    with pytest.warns(UserWarning, match="hardly move"):
-        load_model(arguments(folder, train_mode="lora", dtype="bfloat16"), LoraArguments(lora_bias="all"))
 
 
 # From scratch
@@ -122,20 +110,6 @@ def test_wrong_overrides(folder, overrides, message) -> None:
         load_model(ModelArguments(config_name_or_path=str(folder), config_overrides=overrides))
 
 
-def test_eos_as_padding_still_learns(folder) -> None:
-    """nn.Embedding gives its padding row no gradient: where pad is eos that would be a token of every answer."""
-    tokenizer = tiny_tokenizer()
-    tokenizer.pad_token = tokenizer.eos_token
-    eos = tokenizer.eos_token_id
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "pad_token_id": eos}))
-    scratch = ModelArguments(config_name_or_path=str(folder))
-    for model in (load_model(arguments(folder), tokenizer=tokenizer), load_model(scratch, tokenizer=tokenizer)):
-        ids = torch.tensor([[5, eos, 7, eos, 9]])
-        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-        assert model.get_input_embeddings().weight.grad[eos].abs().sum() > 0
-
-
 # Vocabulary
 
 
@@ -158,6 +132,18 @@ def test_new_tokens_never_shrink_a_padded_vocabulary(tmp_path, tied, rows) -> No
         assert torch.equal(new.weight[261:], old.weight[261:])
         torch.testing.assert_close(new.weight[259:261], old.weight[:259].mean(0).expand(2, -1), rtol=1e-6, atol=1e-8)
     assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) == tied
+
+
+def test_a_tokenizer_of_another_model_is_warned_of(folder, caplog) -> None:
+    tokenizer = tiny_tokenizer()
+    with caplog.at_level(logging.WARNING):
+        add_special_tokens(tokenizer, ["<|new|>"])
+        load_model(arguments(folder), tokenizer=tokenizer)
+        assert not caplog.records
+        tokenizer.add_tokens(["<|foreign|>"])
+        model = load_model(arguments(folder), tokenizer=tokenizer)
+    assert "261 tokens and the model 259 rows: 1 tokens" in caplog.text
+    assert vocabulary_rows(model) == 261
 
 
 def test_a_vocabulary_is_never_cut(folder) -> None:
@@ -265,7 +251,9 @@ def test_missing_places(folder, tmp_path) -> None:
     with pytest.raises(ValueError, match="is a file"):
         load_model(arguments(folder / "config.json"))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"No tokenizer.*tokenizer_name_or_path"):
+    with pytest.raises(
+        ValueError, match=r"No tokenizer is in .*empty': it holds no tokenizer\.json\. Set tokenizer_name_or_path"
+    ):
         load_tokenizer(arguments(tmp_path / "empty"))
     with pytest.raises(ValueError, match="No tokenizer is named"):
         load_tokenizer(ModelArguments())

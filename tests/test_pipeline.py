@@ -287,6 +287,24 @@ def test_other_ranks_wait_for_the_first(tokenizer, tmp_path, encoded, monkeypatc
         wait_for_folder(tmp_path / "never", patience=0.1)
 
 
+def test_other_ranks_do_not_take_a_folder_that_is_being_rebuilt(tokenizer, tmp_path, encoded, monkeypatch) -> None:
+    path = jsonl(tmp_path / "a.jsonl", [GOOD])
+    old = Path(prepare_dataset(path, tokenizer, data=arguments()).rows.cache_files[0]["filename"]).parent
+    os.utime(old, (1e9, 1e9))  # from before this launch
+    found: list[Any] = []
+    data = arguments(rebuild_cache=True)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    waiting = threading.Thread(target=lambda: found.append(prepare_dataset(path, tokenizer, data=data)))
+    waiting.start()
+    time.sleep(0.5)
+    assert not found
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    prepare_dataset(path, tokenizer, data=data)
+    waiting.join(timeout=30)
+    assert len(found) == 1
+    assert len(encoded) == 2
+
+
 def test_processes_that_prepare_at_once_do_not_collide(tmp_path) -> None:
     path = jsonl(tmp_path / "a.jsonl", tiny.conversations(50))
     code = (

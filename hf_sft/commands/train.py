@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 logger = logging.getLogger("hf_sft")
@@ -18,14 +21,17 @@ def main(argv: Sequence[str]) -> int:
     _log_to_terminal(arguments.training)
     for note in arguments.notes:
         logger.warning(note)
-    return run(arguments)
+    try:
+        return run(arguments)
+    finally:
+        _leave_process_group()
 
 
 def run(arguments: Any) -> int:
     """The road of the data, in its order."""
     from transformers import set_seed
 
-    from hf_sft.checkpoints import check_output_dir, identity, resolve_resume, save_arguments
+    from hf_sft.checkpoints import check_output_dir, global_step, identity, resolve_resume, save_arguments
     from hf_sft.data.pipeline import prepare_dataset, write_data_report
     from hf_sft.data.templates import resolve_template
     from hf_sft.models.adapters import summary
@@ -47,31 +53,161 @@ def run(arguments: Any) -> int:
     model = load_model(arguments.model, arguments.lora, tokenizer=tokenizer, training=training)
     logger.info(summary(model))
 
-    trainer = build_trainer(arguments, model, tokenizer, prepared["train"], prepared.get("eval"))
-    if trainer.is_world_process_zero():
-        save_arguments(training.output_dir, record)
-        packing = {"train": packing_of(trainer.train_dataset), "eval": packing_of(trainer.eval_dataset)}
-        write_data_report(training.output_dir, {split: part.report for split, part in prepared.items()}, packing)
+    with _no_empty_folder(training.output_dir):
+        trainer = build_trainer(arguments, model, tokenizer, prepared["train"], prepared.get("eval"))
 
-    result = trainer.train(resume_from_checkpoint=checkpoint)
+        def write_record() -> None:
+            save_arguments(training.output_dir, {**record, **_resolved(arguments, trainer)})
+            packing = {"train": packing_of(trainer.train_dataset), "eval": packing_of(trainer.eval_dataset)}
+            reports = {split: part.report for split, part in prepared.items()}
+            write_data_report(training.output_dir, reports, packing)
+
+        trainer.add_callback(_when_training_begins(write_record))
+        if checkpoint is not None and global_step(checkpoint) >= last_step(trainer):
+            return _finish(trainer, checkpoint, write_record)
+        result = trainer.train(resume_from_checkpoint=checkpoint)
+    _refuse_divergence(trainer.state.log_history)
     trainer.save_model()
     trainer.save_metrics("train", result.metrics)
     trainer.save_state()
-    if "eval" in prepared:
-        metrics = trainer.evaluate()
-        trainer.log_metrics("eval", metrics)
-        trainer.save_metrics("eval", metrics)
+    _evaluate(trainer)
     logger.info("Saved to %s", training.output_dir)
     return 0
 
 
+# ---- parts of the road ----
+
+
+def last_step(trainer: Any) -> int:
+    """Optimizer steps of the whole run, as Trainer counts them."""
+    args = trainer.args
+    if args.max_steps > 0:
+        return int(args.max_steps)
+    steps_per_epoch = len(trainer.get_train_dataloader()) // args.gradient_accumulation_steps
+    return math.ceil(args.num_train_epochs * steps_per_epoch)
+
+
+def _finish(trainer: Any, checkpoint: str, write_record: Callable[[], None]) -> int:
+    """No step is left to train (Trainer would take one more): keep the results, or make them from the checkpoint."""
+    from transformers import TrainerState
+
+    folder = Path(trainer.args.output_dir)
+    wanted = ["trainer_state.json", *(["eval_results.json"] if trainer.eval_dataset is not None else [])]
+    done = all((folder / name).is_file() for name in wanted)
+    trainer.accelerator.wait_for_everyone()  # all processes have looked before one of them writes
+    if done:
+        logger.info("The run in %s is finished (%s); raise max_steps or num_train_epochs to go on.", folder, checkpoint)
+        return 0
+    logger.info("All steps are done in %s; what is left is to save and evaluate.", checkpoint)
+    trainer.state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+    _refuse_divergence(trainer.state.log_history)
+    best = trainer.state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
+    trainer._load_from_checkpoint(best or checkpoint)
+    if trainer.is_world_process_zero():
+        write_record()
+    trainer.save_model()
+    if not (folder / "trainer_state.json").is_file():
+        trainer.save_state()
+    _evaluate(trainer)
+    logger.info("Saved to %s", folder)
+    return 0
+
+
+def _evaluate(trainer: Any) -> None:
+    if trainer.eval_dataset is None:
+        return
+    metrics = trainer.evaluate()
+    trainer.log_metrics("eval", metrics)
+    trainer.save_metrics("eval", metrics)
+
+
+def _refuse_divergence(history: Iterable[Mapping[str, Any]]) -> None:
+    """A model whose loss is NaN is not saved as a result."""
+    for line in history:
+        for name in ("loss", "train_loss"):
+            if not math.isfinite(line.get(name, 0.0)):
+                raise ValueError(
+                    f"training has diverged: {name} is {line[name]} in the log of step {line['step']}, the first that is not "
+                    "finite. No final model is saved. Lower learning_rate, raise warmup_steps or set max_grad_norm, and start in "
+                    "a new output_dir or from a checkpoint before that step."
+                )
+
+
+# ---- the record of a run ----
+
+
 def _record(arguments: Any) -> dict[str, Any]:
+    """The given values, and what decides which rows each step sees."""
+    from hf_sft.data.cache import hash_files
+    from hf_sft.data.formats import check_file
+
+    training = arguments.training
     groups = {
         "model": asdict(arguments.model),
         "data": asdict(arguments.data),
-        "training": arguments.training.to_dict(),
+        "training": training.to_dict(),
+        "run": {
+            "train_file_hash": hash_files([check_file(arguments.data.train_file)]),
+            "global_batch_size": training.world_size
+            * training.per_device_train_batch_size
+            * training.gradient_accumulation_steps,
+        },
     }
     return groups if arguments.model.train_mode == "full" else {**groups, "adapter": asdict(arguments.lora)}
+
+
+def _resolved(arguments: Any, trainer: Any) -> dict[str, Any]:
+    """What the given values came to on this machine and with this model."""
+    from hf_sft.checkpoints import RESOLVED
+    from hf_sft.models.loading import quantization_kind
+
+    return {
+        RESOLVED: {
+            "attention_backend": trainer.layout.name,
+            "packing": trainer.layout.backend is not None,
+            "dtype": str(trainer.model.config.dtype).removeprefix("torch."),
+            "quantization": quantization_kind(arguments.model),
+            "processes": trainer.args.world_size,
+            "last_step": last_step(trainer),
+        }
+    }
+
+
+def _when_training_begins(action: Callable[[], None]) -> Any:
+    """A callback for the main process: until then, loader, optimizer, scheduler and checkpoint may still be refused."""
+    from transformers import TrainerCallback
+
+    class WhenTrainingBegins(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.is_world_process_zero:
+                action()
+
+    return WhenTrainingBegins()
+
+
+# ---- the process ----
+
+
+@contextmanager
+def _no_empty_folder(output_dir: str) -> Iterator[None]:
+    """Trainer makes the folder at once; if nothing came to stand in it, it goes again."""
+    folder = Path(output_dir)
+    existed = folder.exists()
+    try:
+        yield
+    except BaseException:
+        if not existed:
+            with suppress(OSError):  # not empty, or not made
+                folder.rmdir()
+        raise
+
+
+def _leave_process_group() -> None:
+    """Backends may abort a process that ends as a member."""
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _log_to_terminal(training: Any) -> None:

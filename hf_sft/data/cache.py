@@ -61,6 +61,8 @@ def write_folder(folder: Path, write: Callable[[Path], None], *, replace: bool =
         ) from None
     try:
         write(temporary)
+        now = time.time()  # this machine's clock, also where a file server has another
+        os.utime(temporary, (now, now))
         while True:
             try:
                 temporary.rename(folder)
@@ -78,19 +80,36 @@ def write_folder(folder: Path, write: Callable[[Path], None], *, replace: bool =
             shutil.rmtree(leftover, ignore_errors=True)
 
 
-def wait_for_folder(folder: Path, patience: float = _PATIENCE_SECONDS) -> None:
+def wait_for_folder(folder: Path, patience: float = _PATIENCE_SECONDS, *, written_since: float = 0.0) -> None:
     """Wait until another process has finished ``folder``. It appears by a rename, so there are no half-written ones.
 
     Polling, not a collective: preparing may take longer than a collective's timeout.
+
+    Args:
+        written_since: seconds since the epoch; a folder that is older is about to be replaced.
 
     Raises:
         TimeoutError: nothing came in ``patience`` seconds.
     """
     deadline = time.monotonic() + patience
-    while not folder.is_dir():
+    while not _is_written(folder, written_since):
         if time.monotonic() > deadline:
             raise TimeoutError(
                 f"Waited {patience:.0f} s for the tokenised data at {folder}, which the process with LOCAL_RANK 0 "
                 "writes. See that process's log; all ranks of a machine must see the same data_cache_dir."
             )
         time.sleep(_POLL_SECONDS)
+
+
+def process_start() -> float:
+    """When this process began, in seconds since the epoch: the launcher's other processes write nothing before that."""
+    import psutil
+
+    return float(psutil.Process().create_time())
+
+
+def _is_written(folder: Path, since: float) -> bool:
+    try:
+        return folder.stat().st_mtime >= since
+    except FileNotFoundError:
+        return False

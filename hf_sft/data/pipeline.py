@@ -20,7 +20,15 @@ from datasets.table import InMemoryTable
 from tqdm import tqdm
 
 from hf_sft.arguments import DataArguments
-from hf_sft.data.cache import cache_key, default_cache_dir, hash_files, is_local_main, wait_for_folder, write_folder
+from hf_sft.data.cache import (
+    cache_key,
+    default_cache_dir,
+    hash_files,
+    is_local_main,
+    process_start,
+    wait_for_folder,
+    write_folder,
+)
 from hf_sft.data.chat import ChatEncoder, EncodingError, TokenRow, fast_backend
 from hf_sft.data.formats import (
     BadRecord,
@@ -85,7 +93,7 @@ def prepare_dataset(path: str | Path, tokenizer: Any, *, data: DataArguments, sp
         (target / "report.json").write_text(json.dumps(counts.report(), ensure_ascii=False, indent=2), encoding="utf-8")
 
     if not is_local_main():
-        wait_for_folder(folder)
+        wait_for_folder(folder, written_since=process_start() if data.rebuild_cache else 0.0)
     elif data.rebuild_cache or not folder.is_dir():
         write_folder(folder, write, replace=data.rebuild_cache)
     prepared = _load(folder)

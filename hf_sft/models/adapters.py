@@ -73,6 +73,7 @@ def lora_config(base: PreTrainedModel, lora: LoraArguments, new_token_ids: Seque
     """The PEFT configuration of a new adapter on ``base``."""
     targets, excluded = target_modules(base, lora.lora_target_modules)
     saved, tie = _saved_modules(base, lora.modules_to_save)
+    _require_room_for_adapter(base, targets, excluded, saved)
     return LoraConfig(
         task_type=TaskType.CAUSAL_LM,
         r=lora.lora_rank,
@@ -208,15 +209,11 @@ def grow_to_adapter(base: PreTrainedModel, config: LoraConfig, weights: dict[str
 
 
 def trainable_parameters(model: nn.Module) -> tuple[int, int]:
-    """(trained, all) numbers in ``model``: a 4-bit weight counts its true size, a shard under ZeRO-3 its whole."""
+    """(trained, all) numbers in ``model``; a 4-bit weight counts its true size."""
     trained = total = 0
     for parameter in model.parameters():
         state = getattr(parameter, "quant_state", None)
-        count = (
-            int(torch.Size(state.shape).numel())
-            if state is not None
-            else getattr(parameter, "ds_numel", parameter.numel())
-        )
+        count = parameter.numel() if state is None else int(torch.Size(state.shape).numel())
         total += count
         trained += count if parameter.requires_grad else 0
     return trained, total
@@ -286,6 +283,24 @@ def _saved_modules(base: PreTrainedModel, names: Sequence[str]) -> tuple[list[st
             "embedding is called embed_tokens. Use train_mode full."
         )
     return [name for name in names if _last(name) not in (embedding, head)] + [embedding], True
+
+
+def _require_room_for_adapter(
+    base: PreTrainedModel, targets: Sequence[str], excluded: Sequence[str], saved: Sequence[str]
+) -> None:
+    """Modules trained in full take no adapter inside them: some target must lie outside."""
+    whole = [full for full, _ in base.named_modules() if any(full == s or full.endswith(f".{s}") for s in saved)]
+    if lists := [full for full in whole if isinstance(base.get_submodule(full), (nn.ModuleList, nn.ModuleDict))]:
+        raise ValueError(
+            f"modules_to_save {list(saved)}: {lists[0]} is a list of layers, which cannot be saved as one. Name modules "
+            "inside it, such as embed_tokens or a single layer, or use train_mode full."
+        )
+    adapted = [full for full, _ in base.named_modules() if _last(full) in targets and full not in excluded]
+    if all(any(full == one or full.startswith(f"{one}.") for one in whole) for full in adapted):
+        raise ValueError(
+            f"modules_to_save {list(saved)} holds every layer of lora_target_modules, so nothing is left for the adapter. Name "
+            "fewer modules, or use train_mode full."
+        )
 
 
 def _hold_saved_modules_in_float32(model: PeftModel) -> None:

@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 # Tokens that vocabularies hold for padding and that no text contains.
 _PAD_NAMES = ("<pad>", "[PAD]", "<|pad|>", "<|padding|>", "<|finetune_right_pad_id|>", "<|endoftext|>", "<unk>")
+_TOKENIZER_PATTERNS = ("tokenizer*", "vocab.*", "*.model", "*.tiktoken", "tekken.json")
 _WEIGHT_PATTERNS = ("*.safetensors", "*.bin", "*.safetensors.index.json")
 
 
@@ -51,6 +52,11 @@ def load_tokenizer(model: ModelArguments, *, chat_template: str | None = None) -
             "No tokenizer is named; set model_name_or_path, or tokenizer_name_or_path to train from scratch."
         )
     _require_place(name, "tokenizer")
+    if os.path.isdir(name) and not any(path for pattern in _TOKENIZER_PATTERNS for path in Path(name).glob(pattern)):
+        raise ValueError(
+            f"No tokenizer is in {name!r}: it holds no tokenizer.json. Set tokenizer_name_or_path to a folder or hub name that "
+            "holds one."
+        )
     revision = model.model_revision if name == model.model_name_or_path else None
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(
@@ -58,7 +64,7 @@ def load_tokenizer(model: ModelArguments, *, chat_template: str | None = None) -
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"No tokenizer could be loaded from {name!r}{_not_local(name)}: {_first_line(error)} "
+            f"No tokenizer could be loaded from {name!r}{_not_local(name)}: {_one_line(error)} "
             "Set tokenizer_name_or_path to a folder or hub name that holds a tokenizer.json."
         ) from error
     if not tokenizer.is_fast or len(tokenizer) == 0:
@@ -89,16 +95,12 @@ def load_model(
     """
     lora = lora or LoraArguments()
     _check_request(model, lora)
-    dtype = resolve_dtype(model, lora, training)
+    dtype = resolve_dtype(model, lora)
     if model.config_name_or_path is not None:
         config = scratch_config(model, tokenizer)
         loaded = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=model.trust_remote_code)
     else:
         loaded = _load_weights(model, dtype, training)
-    # Padding is masked by position, so its row gets no gradient anyway; where pad is eos, eos must have one.
-    embedding: Any = loaded.get_input_embeddings()
-    if getattr(embedding, "padding_idx", None) is not None:
-        embedding.padding_idx = None
     new_ids = resize_embeddings(loaded, tokenizer) if tokenizer is not None else []
     if model.train_mode == "full":
         return loaded
@@ -107,7 +109,7 @@ def load_model(
     return add_adapter(loaded, lora, new_token_ids=new_ids, training=training, revision=model.model_revision)
 
 
-def resolve_dtype(model: ModelArguments, lora: LoraArguments, training: Any = None) -> torch.dtype:
+def resolve_dtype(model: ModelArguments, lora: LoraArguments) -> torch.dtype:
     """Type of the loaded weights: float32 for full training, bfloat16 for a frozen base, unless ``dtype`` says otherwise.
 
     Trained biases are the base's own parameters; where there are some, a frozen base is float32 as well.
@@ -115,22 +117,12 @@ def resolve_dtype(model: ModelArguments, lora: LoraArguments, training: Any = No
     if model.dtype is None:
         in_float32 = model.train_mode == "full" or lora.lora_bias != "none"
         return torch.float32 if in_float32 else torch.bfloat16
-    dtype = getattr(torch, model.dtype)
-    has_masters = bool(getattr(training, "deepspeed", None))
-    if dtype != torch.float32 and model.train_mode == "full" and not has_masters:
-        warnings.warn(
-            f"dtype {model.dtype} with train_mode full: the optimizer's steps are smaller than the spacing of {model.dtype} "
-            "numbers and most are rounded away, so the weights hardly move. Leave dtype unset (float32) and set bf16: true for "
-            "the speed of bfloat16, or use an engine or optimizer that keeps float32 master weights.",
-            stacklevel=3,
-        )
-    if dtype != torch.float32 and model.train_mode != "full" and lora.lora_bias != "none":
-        warnings.warn(
-            f"lora_bias {lora.lora_bias} with dtype {model.dtype}: the trained biases are {model.dtype} numbers too and hardly "
-            "move. Leave dtype unset or set float32.",
-            stacklevel=3,
-        )
-    return dtype
+    return getattr(torch, model.dtype)
+
+
+def quantization_kind(model: ModelArguments) -> str | None:
+    """How the base is held under qlora; None in the other modes."""
+    return (model.quantization or "nf4") if model.train_mode == "qlora" else None
 
 
 def check_max_seq_length(model: PreTrainedModel | PretrainedConfig, max_seq_length: int) -> None:
@@ -203,7 +195,7 @@ def _load_weights(model: ModelArguments, dtype: torch.dtype, training: Any) -> P
         )
     extra: dict[str, Any] = {}
     if model.train_mode == "qlora":
-        kind = model.quantization or "nf4"
+        kind = str(quantization_kind(model))
         extra["quantization_config"] = quantization_config(kind, dtype, config, double=model.double_quantization)
         extra["device_map"] = {"": quantized_device(training)}
     try:
@@ -218,12 +210,12 @@ def _load_weights(model: ModelArguments, dtype: torch.dtype, training: Any) -> P
             **extra,
         )  # fmt: skip  (mismatched sizes are refused below, by name)
     except (OSError, SafetensorError, RuntimeError, KeyError) as error:
-        raise ValueError(f"The weights of {name!r} could not be loaded: {_first_line(error)}") from error
+        raise ValueError(f"The weights of {name!r} could not be loaded: {_one_line(error)}") from error
     loaded, info = outcome
     _check_complete(name, info)
     loaded.train()  # as from_config; Trainer sets it for each phase
     if model.train_mode == "qlora":
-        if (model.quantization or "nf4") == "nf4":
+        if quantization_kind(model) == "nf4":
             keep_trainable_on_cpu(loaded)
         loaded.requires_grad_(False)
     return loaded
@@ -255,7 +247,7 @@ def load_config(name: str, model: ModelArguments) -> PretrainedConfig:
         )
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
-            f"No model config could be read from {name!r}{_not_local(name)}: {_first_line(error)}"
+            f"No model config could be read from {name!r}{_not_local(name)}: {_one_line(error)}"
         ) from error
     remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     if not remote and type(config) not in AutoModelForCausalLM._model_mapping:
@@ -343,8 +335,9 @@ def _not_local(name: str) -> str:
     return "" if os.path.exists(name) else f" (no such folder in {os.getcwd()}, so taken for a hub name)"
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def _one_line(error: BaseException, length: int = 300) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= length else text[:length].rsplit(" ", 1)[0] + " ..."
 
 
 def _sample(names: list[str], count: int = 3) -> str:

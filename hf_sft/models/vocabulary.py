@@ -43,7 +43,13 @@ def resize_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     bits.
     """
     rows = vocabulary_rows(model)
-    new_ids = sorted({*added_token_ids(tokenizer), *range(rows, len(tokenizer))})
+    added = added_token_ids(tokenizer)
+    new_ids = sorted({*added, *range(rows, len(tokenizer))})
+    if foreign := set(new_ids) - set(added):
+        logger.warning(
+            "The tokenizer has %d tokens and the model %d rows: %d tokens that the model has never seen begin with the mean of "
+            "its rows. Is it this model's tokenizer?", len(tokenizer), rows, len(foreign),
+        )  # fmt: skip
     if len(tokenizer) > rows:
         grow_embeddings(model, len(tokenizer))
     if new_ids:

@@ -89,10 +89,12 @@ def prepare_model(model: Any, tokenizer: Any, peft_config: Any, args: Any) -> tu
         keep_trainable_on_cpu(base)
     elif getattr(base, "hf_device_map", None) is None:
         model.to(args.device)
-    if any(p.requires_grad and p.dtype == torch.bfloat16 for p in model.parameters()):
+    low = {p.dtype for p in model.parameters() if p.requires_grad} & {torch.bfloat16, torch.float16}
+    if low:
         warnings.warn(
-            "bfloat16 weights are trained: with 8 bits of mantissa most updates of a small learning rate are rounded away. Load "
-            "the model in float32 and set bf16 to true, or use an optimizer that keeps float32 masters.",
+            f"weights are trained in {', '.join(map(str, low))}: the optimizer's steps are smaller than the spacing of such "
+            "numbers and most are rounded away, so the weights hardly move. Load the model in float32 and set bf16 to true "
+            "for the speed.",
             stacklevel=3,
         )
     return model, tokenizer
