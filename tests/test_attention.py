@@ -35,6 +35,8 @@ def make_model(family: str, variant: str):
     # Soft caps are set low enough to bend the tiny logits.
     caps = {"attn_logit_softcapping": 0.5, "final_logit_softcapping": 0.5} if family == "gemma2" else {}
     model = tiny.tiny_model(family, **caps)
+    if caps:
+        model.set_attn_implementation("eager")  # sdpa knows no soft cap
     with torch.no_grad():  # weights large enough that attention matters
         for parameter in model.parameters():
             parameter.mul_(3.0) if parameter.dim() > 1 else None

@@ -69,8 +69,12 @@ def choose_layout(model: nn.Module, requested: str = "auto", packing: bool | Non
             f"attention_backend {requested!r} is not available; choose auto or one of {', '.join(BACKENDS)}"
         )
     base = base_model(model)
+    restore_attention(base)
+    if base.config._attn_implementation == "sdpa" and getattr(
+        base.config.get_text_config(), "attn_logit_softcapping", None
+    ):
+        base.set_attn_implementation("eager")  # transformers before 5.21 drops the soft cap under sdpa without a word
     if packing is False:
-        restore_attention(base)
         if requested != "auto":
             raise ValueError(
                 f"attention_backend {requested!r} packs documents, and packing is false: leave out one of the two"
