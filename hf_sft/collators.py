@@ -21,7 +21,7 @@ Shapes: T packed tokens, B padded documents of up to L tokens, R scored rows, D 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -30,11 +30,13 @@ from torch import Tensor
 
 from hf_sft.attention.layout import Layout
 from hf_sft.data.chat import IGNORE
+from hf_sft.noise import MaskRule, document_generator, draw_mask
+from hf_sft.streams import group_blocks, noisy_stream
 
 # What the Trainer reads itself; everything else in a batch goes to the model.
 CONTRACT_KEYS = frozenset(
     ["doc_ids", "doc_lengths", "logits_to_keep", "target_ids", "target_weight", "target_kind", "target_doc"]
-    + ["num_items", "num_tokens"]
+    + ["num_items", "num_tokens", "block_ids", "limits", "doc_pieces"]
 )
 Batch = dict[str, Any]
 
@@ -78,6 +80,97 @@ class CausalCollator:
         if self.return_4d_mask:
             batch["attention_mask"] = Layout.from_batch(batch).allowed()[None, None]
         return batch
+
+
+@dataclass
+class WeDLMCollator:
+    """Collate documents for WeDLM: each as a clean stream and, behind it, its noisy stream (``hf_sft.streams``).
+
+    Mask slots predict their own token (kind 1, weighted as drawn); rows of the clean stream predict the next one (kind 0,
+    weight 1), if ``enable_ar_loss``. N counts supervised tokens for slots and next-token rows for the clean stream; under
+    ``reference`` sampling the slot weights sum to 1 and N counts micro-batches. To the keys of packed batches come
+
+    | key        | shape         | meaning                                                                     |
+    |------------|---------------|-----------------------------------------------------------------------------|
+    | block_ids  | [1, T] int64  | layout: block of each noisy token, -1 in clean streams                      |
+    | limits     | [1, T] int64  | layout: clean tokens are seen at positions below it                         |
+    | doc_pieces | list of D     | layout, on the host: clean length and groups of the noisy stream            |
+
+    Args:
+        mask_token_id: what stands at mask slots; no document may hold it.
+        rule: how masks are drawn.
+        seed: of the noise, together with the ``epoch`` and ``document`` that token rows carry (0 and the place in the batch
+            where they carry none).
+        enable_ar_loss: score next-token rows of the clean stream as well.
+        elide: drop observed tokens whose states stand in the clean stream already (exact).
+        pad_token_id: the single token of a batch without documents.
+        return_4d_mask: as for ``CausalCollator``.
+    """
+
+    mask_token_id: int
+    rule: MaskRule = field(default_factory=MaskRule)
+    seed: int = 0
+    enable_ar_loss: bool = True
+    elide: bool = True
+    pad_token_id: int = 0
+    return_4d_mask: bool = False
+
+    def __call__(self, bins: Sequence[Mapping[str, Any] | Sequence[Mapping[str, Any]]]) -> Batch:
+        """Collate bins of token rows, or bare token rows, into one packed batch."""
+        rows = [row for item in bins for row in ([item] if isinstance(item, Mapping) else item)]
+        tokens = sum(len(row["input_ids"]) for row in rows)
+        rows = rows or [{"input_ids": [self.pad_token_id], "labels": [IGNORE]}]
+        parts = [self._document(row, number) for number, row in enumerate(rows)]
+        column = {key: np.concatenate([part[key] for part in parts]) for key in ("ids", "pos", "block", "limit")}
+        column |= {key: np.concatenate([part[key] for part in parts]) for key in ("target", "kind", "weight")}
+        lengths = [len(part["ids"]) for part in parts]
+        doc_ids = np.repeat(np.arange(len(lengths)), lengths)
+        (scored,) = np.nonzero(column["target"] != IGNORE)
+        kind, weight = column["kind"][scored], column["weight"][scored]
+        slots = float(sum(part["supervised"] for part in parts))
+        if self.rule.sampling == "reference" and weight[kind == 1].size:
+            weight[kind == 1] /= weight[kind == 1].sum()
+            slots = 1.0
+        batch: Batch = {
+            "input_ids": torch.from_numpy(column["ids"])[None],
+            "position_ids": torch.from_numpy(column["pos"])[None],
+            "doc_ids": torch.from_numpy(doc_ids.astype(np.int32))[None],
+            "doc_lengths": lengths,
+            "block_ids": torch.from_numpy(column["block"])[None],
+            "limits": torch.from_numpy(column["limit"])[None],
+            "doc_pieces": [part["pieces"] for part in parts],
+            "num_tokens": tokens,
+            "logits_to_keep": torch.from_numpy(scored),
+            "target_ids": torch.from_numpy(column["target"][scored]),
+            "target_weight": torch.from_numpy(weight.astype(np.float32)),
+            "target_kind": torch.from_numpy(kind),
+            "target_doc": torch.from_numpy(doc_ids[scored]),
+            "num_items": torch.tensor([float((kind == 0).sum()), slots], dtype=torch.float64),
+        }
+        if self.return_4d_mask:
+            batch["attention_mask"] = Layout.from_batch(batch).allowed()[None, None]
+        return batch
+
+    def _document(self, row: Mapping[str, Any], number: int) -> dict[str, Any]:
+        """Both streams of one document, as columns."""
+        ids, labels = np.asarray(row["input_ids"], dtype=np.int64), np.asarray(row["labels"], dtype=np.int64)
+        generator = document_generator(self.seed, row.get("epoch", 0), row.get("document", number))
+        supervised = labels != IGNORE
+        mask = draw_mask(supervised, self.rule, generator)
+        stream = noisy_stream(mask.masked, self.rule.block_size, elide=self.elide)
+        length = len(ids)
+        next_token = next_token_targets(labels) if self.enable_ar_loss else np.full(length, IGNORE)
+        return {
+            "ids": np.concatenate([ids, np.where(stream.slot, self.mask_token_id, ids[stream.pos])]),
+            "pos": np.concatenate([np.arange(length), stream.pos]),
+            "block": np.concatenate([np.full(length, -1), stream.block]),
+            "limit": np.concatenate([np.arange(length) + 1, stream.anchor]),
+            "target": np.concatenate([next_token, np.where(stream.slot, ids[stream.pos], IGNORE)]),
+            "kind": np.concatenate([np.zeros(length, dtype=np.int64), np.ones(len(stream.pos), dtype=np.int64)]),
+            "weight": np.concatenate([np.ones(length), mask.weight[stream.pos]]),
+            "supervised": int(supervised.sum()),
+            "pieces": (length, group_blocks(stream)),
+        }
 
 
 def next_token_targets(labels: np.ndarray) -> np.ndarray:

@@ -106,7 +106,7 @@ def test_packed_padded_and_one_by_one_learn_the_same(family: str, variant: str) 
 
 def test_the_picture_of_the_docstring_is_the_rule() -> None:
     picture = layout_module.__doc__.split("see key)::")[1]
-    expected = "\n".join(line.strip()[1:].strip() for line in picture.strip().splitlines()[1:])
+    expected = "\n".join(line.strip()[1:].strip() for line in picture.strip().split("\n\n")[0].splitlines()[1:])
     assert draw(make_layout([3, 2, 4]).allowed()) == expected
 
 

@@ -22,7 +22,7 @@ CONFIGS = sorted(path for path in ROOT.glob("train_args/**/*") if path.suffix in
 # Imports go down, or from left to right within a floor (a module may import those before it).
 FLOORS: list[list[str]] = [
     ["arguments", "conversion", "legacy", "checks", "training_arguments", "help", "parsing"],
-    ["data.", "losses", "metrics", "attention.layout", "attention"],
+    ["data.", "losses", "metrics", "attention.layout", "attention", "noise", "streams"],
     ["models.wrappers", "models.", "models", "attention.", "collators", "data.pipeline", "checkpoints", "merging"],
     ["training.callbacks", "training"],
     ["training.setup", "training.bin_trainer", "training.trainer"],

@@ -17,7 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 
-from hf_sft.attention.layout import Layout, causal_mask
+from hf_sft.attention.layout import Group, Layout, causal_mask
 
 # transformers treats names that contain sdpa, flash or flex_attention specially: this one must not.
 SEGMENT_NAME = "hf_sft_segment"
@@ -132,9 +132,9 @@ def segment_attention(
     Returns:
         [1, T, H, E] and None.
     """
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    shared = query.shape[1] // key.shape[1]
+    if shared > 1:
+        key, value = key.repeat_interleave(shared, dim=1), value.repeat_interleave(shared, dim=1)
     rules: dict[str, Any] = {"scaling": scaling, "dropout": dropout, "softcap": softcap, "s_aux": s_aux}
     layout: Layout | None = kwargs.get(LAYOUT_KEY)
     if layout is None:
@@ -143,11 +143,50 @@ def segment_attention(
     # split, not slices: its backward is one concatenation instead of a full-length gradient per document.
     documents = zip(*(stream.split(layout.doc_lengths, dim=2) for stream in (query, key, value)), strict=True)
     outputs = []
-    for q, k, v in documents:
-        beyond = sliding_window is not None and q.shape[2] > sliding_window
-        mask = causal_mask(q.shape[2], sliding_window, q.device) if beyond else None
-        outputs.append(_attend(q, k, v, mask, mask is None, **rules).transpose(1, 2))
-    return torch.cat(outputs, dim=1), None
+    if layout.pieces is None:
+        for q, k, v in documents:
+            outputs.append(_attend_causal(q, k, v, sliding_window, rules))
+    else:
+        start = 0
+        for (q, k, v), (length, groups) in zip(documents, layout.pieces, strict=True):
+            outputs += _attend_dual(q, k, v, length, groups, layout, start, sliding_window, rules)
+            start += q.shape[2]
+    return torch.cat([output.transpose(1, 2) for output in outputs], dim=1), None
+
+
+def _attend_causal(q: Tensor, k: Tensor, v: Tensor, window: int | None, rules: dict[str, Any]) -> Tensor:
+    """One clean stream; the mask is written out only where a sliding window ends before the document does."""
+    beyond = window is not None and q.shape[2] > window
+    mask = causal_mask(q.shape[2], window, q.device) if beyond else None
+    return _attend(q, k, v, mask, mask is None, **rules)
+
+
+def _attend_dual(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    clean: int,
+    groups: list[Group],
+    layout: Layout,
+    start: int,
+    window: int | None,
+    rules: dict[str, Any],
+) -> list[Tensor]:
+    """A document's clean stream, and its noisy stream group by group: each sees the clean tokens up to its largest anchor and
+    itself, so that the cost is near the area of the rule. ``start`` is the document's first row."""
+    sizes = [clean, *(group.length for group in groups)]
+    (q0, *q_groups), (k0, *k_groups), (v0, *v_groups) = (stream.split(sizes, dim=2) for stream in (q, k, v))
+    outputs = [_attend_causal(q0, k0, v0, window, rules)]
+    row = start + clean
+    for group, q_n, k_n, v_n in zip(groups, q_groups, k_groups, v_groups, strict=True):
+        mask = layout.group_mask(start, row, group, window)
+        keys, values = (
+            torch.cat([k0[:, :, : group.clean], k_n], dim=2),
+            torch.cat([v0[:, :, : group.clean], v_n], dim=2),
+        )
+        outputs.append(_attend(q_n, keys, values, mask, False, **rules))
+        row += group.length
+    return outputs
 
 
 def _attend(

@@ -14,16 +14,40 @@ Three documents of 3, 2 and 4 tokens in one row (x: query may see key)::
     2    . . . . . x x . .
     2    . . . . . x x x .
     2    . . . . . x x x x
+
+One document of 4 tokens in blocks of 2 for WeDLM, clean stream and elided noisy stream (positions 1 and 2 are masked)::
+
+    q\\k  0 1 2 3 | 1 3 2
+    0    x . . . . . .
+    1    x x . . . . .
+    2    x x x . . . .
+    3    x x x x . . .
+    1    x . . . x . .
+    3    x x . . . x .
+    2    x x . . . x x
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class Group(NamedTuple):
+    """Consecutive blocks of a document's noisy stream that a backend handles together.
+
+    Attributes:
+        length: tokens of the group.
+        clean: largest anchor among them: the clean tokens that the group can see.
+    """
+
+    length: int
+    clean: int
 
 
 @dataclass(frozen=True)
@@ -34,27 +58,69 @@ class Layout:
         doc: [T] int, document of each token.
         pos: [T] int, logical position of each token, from 0 in each document.
         doc_lengths: D lengths that sum to T, on the host: backends that cut the row must not wait for the device.
+        block: [T] int, WeDLM's block of each token of a noisy stream, -1 in clean streams; None: there are clean streams only.
+        pieces: for each document, its clean length and the groups of blocks of its noisy stream, on the host; see ``Group``.
+        limit: [T] int, clean tokens are seen at positions below it: pos + 1 in clean streams, the block's anchor in noisy ones.
     """
 
     doc: Tensor
     pos: Tensor
     doc_lengths: list[int]
+    block: Tensor | None = None
+    limit: Tensor | None = None
+    pieces: list[tuple[int, list[Group]]] | None = None
 
     @classmethod
     def from_batch(cls, batch: Mapping[str, Any]) -> Layout:
-        """Read the layout keys of a packed batch (``doc_ids`` [1, T], ``position_ids`` [1, T], ``doc_lengths``)."""
-        return cls(batch["doc_ids"][0], batch["position_ids"][0], batch["doc_lengths"])
+        """Read the layout keys of a packed batch: ``doc_ids``, ``position_ids`` [1, T] and ``doc_lengths``; with noisy streams
+        ``block_ids``, ``limits`` [1, T] and ``doc_pieces`` as well."""
+        noisy = {}
+        if "block_ids" in batch:
+            noisy = {"block": batch["block_ids"][0], "limit": batch["limits"][0], "pieces": batch["doc_pieces"]}
+        return cls(batch["doc_ids"][0], batch["position_ids"][0], batch["doc_lengths"], **noisy)
 
     def allowed(self, window: int | None = None) -> Tensor:
         """[T, T] bool, ``allowed[q, k]``: may query q see key k?
 
-        doc[q] == doc[k]  and  k <= q  and, in a layer with a sliding window,  pos[q] - pos[k] < window
+        doc[q] == doc[k]  and  k <= q                                      with clean streams only; with noisy ones
+        doc[q] == doc[k]  and  ( pos[k] < limit[q]                         if k is in the clean stream
+                               | block[q] == block[k] and k <= q )         if k is in the noisy stream
+        and, in a layer with a sliding window,  pos[q] - pos[k] < window
         """
         row = torch.arange(len(self.doc), device=self.doc.device)
-        mask = (self.doc[:, None] == self.doc[None, :]) & (row[None, :] <= row[:, None])
+        behind = row[None, :] <= row[:, None]
+        if self.block is None or self.limit is None:
+            seen = behind
+        else:
+            in_block = (self.block[:, None] == self.block[None, :]) & behind
+            seen = torch.where(self.block[None, :] < 0, self.pos[None, :] < self.limit[:, None], in_block)
+        mask = (self.doc[:, None] == self.doc[None, :]) & seen
         if window is not None:
             mask &= self.pos[:, None] - self.pos[None, :] < window
         return mask
+
+    def group_mask(self, start: int, row: int, group: Group, window: int | None = None) -> Tensor:
+        """[S, clean + S] bool, ``allowed`` for the S queries of a group: the document's first clean tokens, then the group.
+
+        The document begins at row ``start``, the group at ``row``. The mask is kept: every layer asks for it again.
+        """
+        found = self._masks.get((row, window))
+        if found is None:
+            assert self.block is not None and self.limit is not None, "groups belong to noisy streams"
+            own = slice(row, row + group.length)
+            block, order = self.block[own], torch.arange(group.length, device=self.pos.device)
+            clean = self.pos[start : start + group.clean][None, :] < self.limit[own][:, None]
+            noisy = (block[:, None] == block[None, :]) & (order[None, :] <= order[:, None])
+            found = torch.cat([clean, noisy], dim=1)
+            if window is not None:
+                keys = torch.cat([self.pos[start : start + group.clean], self.pos[own]])
+                found &= self.pos[own][:, None] - keys[None, :] < window
+            self._masks[row, window] = found
+        return found
+
+    @cached_property
+    def _masks(self) -> dict[tuple[int, int | None], Tensor]:
+        return {}
 
 
 def causal_mask(length: int, window: int | None, device: torch.device) -> Tensor:

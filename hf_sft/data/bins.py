@@ -19,7 +19,8 @@ EMPTY = -1
 
 
 class Bins(Dataset):
-    """Token rows grouped into bins; an item is addressed by ``(epoch, bin)`` and is a list of token rows.
+    """Token rows grouped into bins; an item is addressed by ``(epoch, bin)`` and is a list of token rows,
+    each with its number in the data set (``document``) and the ``epoch``.
 
     The epoch travels with the index because loader workers do not hear of it otherwise.
 
@@ -43,14 +44,18 @@ class Bins(Dataset):
         return len(self.bins)
 
     def __getitem__(self, index: tuple[int, int]) -> list[dict[str, Any]]:
-        _, number = index
+        epoch, number = index
         if number == EMPTY:
             return []
+        documents = self.bins[number]
         if isinstance(self.rows, Sequence):
-            return [self.rows[i] for i in self.bins[number]]
-        table = self.rows[self.bins[number]]
-        columns = {name: _split_column(table[name]) for name in ("input_ids", "labels")}
-        return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+            rows = [self.rows[i] for i in documents]
+        else:
+            table = self.rows[documents]
+            columns = {name: _split_column(table[name]) for name in ("input_ids", "labels")}
+            rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        # Which document of which epoch it is decides the noise of objectives that draw any.
+        return [{**row, "document": i, "epoch": epoch} for i, row in zip(documents, rows, strict=True)]
 
 
 class Examples(Dataset):
