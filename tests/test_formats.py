@@ -73,7 +73,7 @@ def test_bad_lines_are_named(tmp_path: Path, line: bytes, reason: str) -> None:
 @pytest.mark.parametrize("tail", ["", "]", '{"a": }]'])
 def test_a_broken_array_names_its_line(tmp_path: Path, tail: str) -> None:
     path = write(tmp_path / "x.json", '[\n  {"question": "a", "answer": "b"},\n' + tail)
-    with pytest.raises(ValueError, match=r"x\.json, line 3: .*JSON array"):
+    with pytest.raises(ValueError, match=r"x\.json, line [23]: .*JSON array"):  # Python 3.13 blames the comma
         list(read_records(path))
 
 
