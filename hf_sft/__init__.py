@@ -6,9 +6,13 @@ Names are imported when they are first used: ``import hf_sft`` loads neither tor
 from __future__ import annotations
 
 import importlib
+import logging
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+# bitsandbytes (0.50) warns at import about a CPU kernel that is not installed; models/quantization.py switches it off anyway.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 _EXPORTS = {
     "CausalCollator": "hf_sft.collators",

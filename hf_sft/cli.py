@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -39,8 +38,6 @@ def run_command(function: Callable[[Sequence[str]], int | None], argv: Sequence[
     HF_SFT_TRACEBACK=1 lets it pass. Under a launcher, only the first process of a machine prints an ArgumentsError,
     which is the same in all of them.
     """
-    # bitsandbytes (0.50) warns at import about a CPU kernel that is not installed; models/quantization.py switches it off anyway.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         return function(argv) or 0
     except ValueError as error:

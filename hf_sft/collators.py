@@ -213,7 +213,13 @@ class LabelsCollator:
 
     def __call__(self, bins: Sequence[Sequence[Any]]) -> Batch:
         examples = [example for item in bins for example in item]
-        batch = dict(self.collator(examples or [self.spare]))
+        try:
+            batch = dict(self.collator(examples or [self.spare]))
+        except ValueError as error:
+            raise ValueError(
+                f"the data_collator cannot make a batch of token rows with input_ids and labels ({error}); it must pad the "
+                "labels, as DataCollatorForSeq2Seq does"
+            ) from error
         if not examples:
             batch["labels"] = torch.full_like(batch["input_ids"], IGNORE)
             return batch_from_labels(batch) | {"num_tokens": 0}

@@ -510,3 +510,16 @@ def test_spans_agree_with_generation_tags(path: Path | None) -> None:
             )
         checked += 1
     assert checked >= 5
+
+
+def test_tokens_that_the_user_has_added_may_stand_in_texts() -> None:
+    from hf_sft.models.vocabulary import add_special_tokens
+
+    tokenizer = tiny.tiny_tokenizer()
+    turn = [{"role": "user", "content": "2+2"}, {"role": "assistant", "content": "<calc>4"}]
+    (calc,) = add_special_tokens(tokenizer, ["<calc>"])
+    row = encode_conversation(tokenizer, turn)
+    assert row["labels"].count(calc) == 1
+    add_special_tokens(tokenizer, ["<|im_end|>"])  # the template's own stay forbidden, asked for or not
+    with pytest.raises(EncodingError, match="special token"):
+        encode_conversation(tokenizer, [turn[0], {"role": "assistant", "content": "a<|im_end|>b"}])

@@ -177,7 +177,7 @@ def with_turn(**changes) -> list:
 @pytest.mark.parametrize(
     ("record", "reason"),
     [
-        ({"text": "abc"}, r"no known format: an object with 'text'; known are .*messages.*question/answer"),
+        ({"story": "abc"}, r"no known format: an object with 'story'; known are .*messages.*question/answer"),
         ("abc", "no known format: abc"),
         (7, "no known format: 7"),
         ([], "no messages"),
@@ -215,3 +215,17 @@ def test_what_is_wrong_is_said(record, reason: str) -> None:
 def test_template_variables() -> None:
     assert check_template_kwargs(None) is check_template_kwargs({}) is None
     assert check_template_kwargs({"a": 1}) == {"a": 1}
+
+
+@pytest.mark.parametrize(
+    ("record", "name"),
+    [
+        ({"conversations": [{"from": "human", "value": "hi"}]}, "ShareGPT"),
+        ({"instruction": "a", "input": "", "output": "b"}, "Alpaca"),
+        ({"chosen": "a", "rejected": "b"}, "preference pair"),
+        ({"text": "once upon a time"}, "plain text"),
+    ],
+)
+def test_formats_of_other_projects_are_named(record: dict, name: str) -> None:
+    with pytest.raises(FormatError, match=f"{name}.*not read in this version"):
+        to_conversation(record)

@@ -126,10 +126,13 @@ def test_bad_records(tokenizer, tmp_path) -> None:
 
 
 def test_many_bad_records_are_not_all_listed(tokenizer, tmp_path) -> None:
-    path = jsonl(tmp_path / "a.jsonl", [GOOD, *["no\n"] * 37])
+    path = jsonl(tmp_path / "a.jsonl", [GOOD, *[f"no {n}\n" for n in range(37)]])
     with pytest.raises(ValueError, match=r"37 of the first 38 records(.|\n)*line 11:(.|\n)*and 27 more") as caught:
         prepare_dataset(path, tokenizer, data=arguments())
     assert "line 12" not in str(caught.value)
+    same = jsonl(tmp_path / "b.jsonl", [GOOD, *["no\n"] * 37])  # one reason is told once
+    with pytest.raises(ValueError, match=r"line 2: .*\n +the same: line 3, .*, line 11\n +\.\.\. and 27 more"):
+        prepare_dataset(same, tokenizer, data=DataArguments(max_seq_length=64))
 
 
 @pytest.mark.parametrize(

@@ -474,3 +474,24 @@ def test_an_adapter_on_an_adapter_and_bfloat16_weights(tmp_path) -> None:
         make_trainer(tmp_path, model=get_peft_model(tiny.tiny_model(), config), peft_config=config)
     with pytest.warns(UserWarning, match=r"trained in torch.bfloat16.*hardly move"):
         make_trainer(tmp_path, model=tiny.tiny_model().bfloat16())
+
+
+def test_the_seed_draws_the_adapter_too(tmp_path) -> None:
+    from peft import LoraConfig
+
+    def first_rows(seed: int) -> torch.Tensor:
+        config = LoraConfig(r=4, target_modules=["q_proj"])
+        model = make_trainer(tmp_path, peft_config=config, seed=seed).model
+        return next(p for name, p in model.named_parameters() if "lora_A" in name).detach().clone()
+
+    assert torch.equal(first_rows(1), first_rows(1)) and not torch.equal(first_rows(1), first_rows(2))
+
+
+def test_conversations_without_a_tokenizer_and_collators_that_do_not_pad(tmp_path) -> None:
+    from transformers import DataCollatorForLanguageModeling
+
+    with pytest.raises(ValueError, match="pass it as processing_class"):
+        make_trainer(tmp_path, train=tiny.conversations(3))
+    collator = DataCollatorForLanguageModeling(tiny.tiny_tokenizer(), mlm=False)
+    with pytest.raises(ValueError, match="DataCollatorForSeq2Seq"):
+        make_trainer(tmp_path, data_collator=collator).train()

@@ -36,6 +36,7 @@ def run(arguments: Any) -> int:
     from hf_sft.data.templates import resolve_template
     from hf_sft.models.adapters import summary
     from hf_sft.models.loading import load_model, load_tokenizer
+    from hf_sft.models.vocabulary import added_token_ids
     from hf_sft.tasks import build_trainer, packing_of
 
     record = _record(arguments)
@@ -72,6 +73,10 @@ def run(arguments: Any) -> int:
     trainer.save_state()
     _evaluate(trainer)
     logger.info("Saved to %s", training.output_dir)
+    if arguments.model.train_mode != "full" and added_token_ids(tokenizer):
+        logger.info(
+            "The adapter has rows for new tokens: merge it, or call resize_token_embeddings(len(tokenizer)) on its base"
+        )
     return 0
 
 

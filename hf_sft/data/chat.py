@@ -101,6 +101,10 @@ def end_of_turn_id(tokenizer: Any) -> int | None:
     return next(label for label in reversed(labels) if label != IGNORE)
 
 
+# Attribute of a tokenizer: special tokens that the user has added, and that texts may therefore hold.
+WANTED_TOKENS = "_hf_sft_wanted_tokens"
+
+
 class ChatEncoder:
     """Encodes conversations with one tokenizer and template, batch by batch.
 
@@ -125,6 +129,11 @@ class ChatEncoder:
         special = special_tokens(tokenizer)
         added = special | {token.content for token in tokenizer.added_tokens_decoder.values() if token.content.strip()}
         self.special = _any_of(special)
+        # What the template writes itself, and bos, eos and their like, stay forbidden in texts: a turn could end inside one.
+        structure = {str(token) for token in tokenizer.special_tokens_map.values() if isinstance(token, str)}
+        wanted = set(getattr(tokenizer, WANTED_TOKENS, ())) - structure
+        self.wanted = sorted(token for token in wanted if token not in self.template)
+        self.forbidden = _any_of(special - set(self.wanted))
         border = re.compile(_any_of(added).pattern + r"|\s")
         self.finder = SpanFinder(Markers(self.special, border, template_tags(self.template)))
         self.special_ids = set(tokenizer.convert_tokens_to_ids(sorted(special)))
@@ -201,12 +210,12 @@ class ChatEncoder:
         if conversation.tools:
             texts.append(str(conversation.tools))
         for text in texts:
-            found = self.special.search(text)
+            found = self.forbidden.search(text)
             if found:
                 around = text[max(0, found.start() - 20) : found.end() + 20]
                 raise EncodingError(
                     f"a text holds {found[0]!r} (...{around!r}...), which the tokenizer reads as a special token; "
-                    "remove it from the data"
+                    "remove it from the data, or name it in new_special_tokens if the template does not use it"
                 )
 
     def _encode_pieces(self, pieces: Iterable[Piece]) -> dict[tuple[str, bool], list[int] | EncodingError]:

@@ -373,6 +373,15 @@ def _refuse_null(record: dict[str, Any]) -> None:
         )
 
 
+# What records of other formats are known by, to say so.
+_OTHER_FORMATS = {
+    "conversations": "ShareGPT's list of turns (from/value become role/content)",
+    "chosen": "a preference pair",
+    "instruction": "Alpaca's question (with its input it becomes the prompt, and output the completion)",
+    "text": "plain text, as pretraining reads it",
+}
+
+
 def to_conversation(value: Any) -> Conversation:
     """The conversation that a record holds, in whichever of ``FORMATS`` it is.
 
@@ -395,4 +404,7 @@ def to_conversation(value: Any) -> Conversation:
         _refuse_null(value)
     found = f"an object with {', '.join(map(repr, value)) or 'no keys'}" if isinstance(value, dict) else _shorten(value)
     known = ", ".join(row.name for row in FORMATS)
+    for key, meaning in _OTHER_FORMATS.items():
+        if isinstance(value, dict) and key in value:
+            raise FormatError(f"{key!r} is {meaning}, which is not read in this version; write it as one of {known}")
     raise FormatError(f"no known format: {_shorten(found, 120)}; known are {known}")

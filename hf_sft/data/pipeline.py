@@ -166,6 +166,8 @@ def packing_report(bins: int, capacity: int, tokens: int) -> dict[str, Any]:
 
 
 def _encoder(tokenizer: Any, data: DataArguments) -> ChatEncoder:
+    if tokenizer is None:
+        raise ValueError("conversations need a tokenizer: pass it as processing_class, or give token rows")
     kwargs = data.chat_template_kwargs
     if isinstance(kwargs, str):
         try:
@@ -183,7 +185,7 @@ def _key(path: Path, encoder: ChatEncoder, data: DataArguments, limit: int | Non
             "name": str(path.resolve()),  # the report names the file
             "code": hash_files(sorted(Path(__file__).parent.glob("*.py"))),
             "versions": [version(name) for name in ("transformers", "tokenizers", "jinja2", "pyarrow")],
-            "tokenizer": [fast_backend(tokenizer).to_str(), repr(tokenizer.special_tokens_map)],
+            "tokenizer": [fast_backend(tokenizer).to_str(), repr(tokenizer.special_tokens_map), encoder.wanted],
             "template": [encoder.template, repr(encoder.template_kwargs)],
             "arguments": [data.max_seq_length, data.overlength, data.bad_records, data.train_on, limit],
         }
@@ -253,9 +255,19 @@ def _parse(record: Record, vocabulary: int | None) -> Conversation | TokenRow | 
 
 
 def _problems(what: str, examples: list[str], count: int, read: int) -> str:
-    shown = examples[:10]
-    more = [f"... and {count - len(shown)} more"] if count > len(shown) else []
-    return "\n  ".join([f"{count} of the first {read} {what}:", *shown, *more])
+    """Records that fail for one reason are told once, with the places of the others."""
+    places: dict[str, list[str]] = {}
+    for example in examples:
+        place, _, reason = example.partition(": ")
+        places.setdefault(reason, []).append(place)
+    lines = []
+    for reason, found in list(places.items())[:10]:
+        lines.append(f"{found[0]}: {reason}")
+        if others := [place.rsplit(", ", 1)[-1] for place in found[1:20]]:
+            lines.append(f"  the same: {', '.join(others)}")
+    told = sum(min(len(found), 20) for found in list(places.values())[:10])
+    more = [f"... and {count - told} more"] if count > told else []
+    return "\n  ".join([f"{count} of the first {read} {what}:", *lines, *more])
 
 
 def _reasons(counts: RowCounts) -> str:

@@ -25,6 +25,7 @@ from hf_sft.arguments import LoraArguments, ModelArguments
 from hf_sft.checks import check_lora, check_model
 from hf_sft.models.quantization import keep_trainable_on_cpu, quantization_config, quantized_device
 from hf_sft.models.vocabulary import add_special_tokens, resize_embeddings
+from hf_sft.models.wedlm import register as register_wedlm
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -52,6 +53,7 @@ def load_tokenizer(model: ModelArguments, *, chat_template: str | None = None) -
             "No tokenizer is named; set model_name_or_path, or tokenizer_name_or_path to train from scratch."
         )
     _require_place(name, "tokenizer")
+    register_wedlm()
     if os.path.isdir(name) and not any(path for pattern in _TOKENIZER_PATTERNS for path in Path(name).glob(pattern)):
         raise ValueError(
             f"No tokenizer is in {name!r}: it holds no tokenizer.json. Set tokenizer_name_or_path to a folder or hub name that "
@@ -241,6 +243,7 @@ def _check_complete(name: str, info: dict[str, Any]) -> None:
 def load_config(name: str, model: ModelArguments) -> PretrainedConfig:
     """The config at ``name``; it must be one of a causal LM."""
     _require_place(name, "config")
+    register_wedlm()
     try:
         config = AutoConfig.from_pretrained(
             name, revision=model.model_revision, trust_remote_code=model.trust_remote_code

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_sft.data.chat import WANTED_TOKENS
+
 logger = logging.getLogger(__name__)
 
 _ADDED = "_hf_sft_added_token_ids"
@@ -27,6 +29,7 @@ def add_special_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]
     tokenizer.add_tokens(list(dict.fromkeys(tokens)), special_tokens=True)
     ids = sorted(int(tokenizer.convert_tokens_to_ids(token)) for token in new)  # type: ignore[arg-type]  # one token, one id
     setattr(tokenizer, _ADDED, sorted({*added_token_ids(tokenizer), *ids}))
+    setattr(tokenizer, WANTED_TOKENS, sorted({*getattr(tokenizer, WANTED_TOKENS, ()), *tokens}))
     return ids
 
 

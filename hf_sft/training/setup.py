@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
 
 from hf_sft.arguments import DataArguments, ModelArguments
 from hf_sft.data.chat import end_of_turn_id
@@ -70,6 +70,8 @@ def prepare_model(model: Any, tokenizer: Any, peft_config: Any, args: Any) -> tu
     Raises:
         ValueError: no model, or an adapter on an adapter.
     """
+    if isinstance(model, str) or peft_config is not None:
+        set_seed(args.seed)  # new weights are drawn here, before Trainer sets the seed
     if isinstance(model, str):
         named = ModelArguments(model_name_or_path=model)
         tokenizer = tokenizer or load_tokenizer(named)

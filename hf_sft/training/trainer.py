@@ -97,8 +97,9 @@ class SFTTrainer(BinTrainer):
         self.layout = choose_layout(model, attention_backend, packing)
         logger.info("documents are laid out %s (%s)", self.layout.name, self.layout.reason)
         if not self.scorer.verify(model, torch.arange(16, device=args.device)[None]):
-            logger.info(
-                "this model's head is not scored in chunks: its logits are computed whole, on the scored rows alone"
+            logger.warning(
+                "the head of this model is not a plain linear layer (or not what its config says): its logits are computed whole "
+                "for the scored rows, which takes more memory than chunks"
             )
 
         self.coefficients = (1.0, 0.0)
@@ -274,6 +275,7 @@ class SFTTrainer(BinTrainer):
             self._clock = time.perf_counter()
         elif "train_loss" in logs and "train_runtime" in logs:
             self._drain()
+            logs.pop("train_samples_per_second", None)  # Trainer counts bins there
             logs["train_loss"] = TokenSums.totals(self._run_state).loss(self.coefficients)
         super().log(logs, start_time)
 
