@@ -254,9 +254,10 @@ def _incomplete_state(path: Path) -> str | None:
     return None
 
 
-def global_step(checkpoint: str | os.PathLike[str]) -> int:
-    """Optimizer steps that ``checkpoint`` has behind it."""
-    return int(json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))["global_step"])
+def steps_of(checkpoint: str | os.PathLike[str]) -> tuple[int, int]:
+    """Optimizer steps that ``checkpoint`` has behind it, and those that its run was to take in all."""
+    state = json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))
+    return int(state["global_step"]), int(state["max_steps"])
 
 
 def _checkpoints(folder: Path) -> list[Path]:

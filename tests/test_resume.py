@@ -106,6 +106,13 @@ def test_a_finished_run_is_not_trained_further(tmp_path, limit: str) -> None:
     assert json.loads((finished / "trainer_state.json").read_text())["global_step"] == 8
 
 
+def test_another_number_of_steps_is_said(tmp_path, capsys) -> None:
+    values = runs.arguments(tmp_path, save_strategy="steps", save_steps=2, max_steps=2)
+    runs.train(values)
+    out = runs.train({**values, "max_steps": 4, "resume_from_checkpoint": "auto"})
+    assert "planned for 2 steps and now takes 4" in capsys.readouterr().err and len(runs.history(out)) == 4
+
+
 def test_a_finished_run_without_checkpoints_is_not_written_over(tmp_path) -> None:
     values = runs.arguments(tmp_path, max_steps=2)
     before = contents(runs.train(values))

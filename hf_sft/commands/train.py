@@ -31,7 +31,7 @@ def run(arguments: Any) -> int:
     """The road of the data, in its order."""
     from transformers import set_seed
 
-    from hf_sft.checkpoints import check_output_dir, global_step, identity, resolve_resume, save_arguments
+    from hf_sft.checkpoints import check_output_dir, identity, resolve_resume, save_arguments, steps_of
     from hf_sft.data.pipeline import prepare_dataset, write_data_report
     from hf_sft.data.templates import resolve_template
     from hf_sft.models.adapters import summary
@@ -64,8 +64,16 @@ def run(arguments: Any) -> int:
             write_data_report(training.output_dir, reports, packing)
 
         trainer.add_callback(_when_training_begins(write_record))
-        if checkpoint is not None and global_step(checkpoint) >= last_step(trainer):
-            return _finish(trainer, checkpoint, write_record)
+        if checkpoint is not None:
+            done, planned = steps_of(checkpoint)
+            if done >= last_step(trainer):
+                return _finish(trainer, checkpoint, write_record)
+            if planned != last_step(trainer):
+                logger.warning(
+                    "The run was planned for %d steps and now takes %d: learning rates that depend on their number jump.",
+                    planned,
+                    last_step(trainer),
+                )
         result = trainer.train(resume_from_checkpoint=checkpoint)
     _refuse_divergence(trainer.state.log_history)
     trainer.save_model()
