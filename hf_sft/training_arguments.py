@@ -240,10 +240,15 @@ def problems(training_args: transformers.TrainingArguments, packing: bool) -> li
 
 
 def _unread(training_args: transformers.TrainingArguments) -> Iterator[str]:
-    """A sentence for each field that a subclass of transformers' adds and that somebody set; None asks for nothing."""
+    """A sentence for each field that a subclass of transformers' adds and that somebody set; None asks for nothing.
+
+    What nobody set is seen on a fresh instance: such classes fill some of their defaults in ``__post_init__``.
+    """
+    if type(training_args) is transformers.TrainingArguments:
+        return
+    untouched = type(training_args)(output_dir=training_args.output_dir, use_cpu=training_args.use_cpu)
     for entry in dataclasses.fields(training_args):
-        value = getattr(training_args, entry.name)
-        default = entry.default if entry.default_factory is dataclasses.MISSING else entry.default_factory()
+        value, default = getattr(training_args, entry.name), getattr(untouched, entry.name)
         if entry.name not in FIELD_RULES and value is not None and value != default:
             way_out = _THEIRS.get(entry.name, "leave it out, or use hf_sft's TrainingArguments")
             kind = type(training_args).__name__
