@@ -51,13 +51,16 @@ class TokenTotals:
         return sum(self.rows) / self.tokens if self.tokens else math.nan
 
 
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """The type of sums over tokens: float64 keeps counts exact beyond 2**24 rows; MPS has none."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 class TokenSums:
     """Accumulates what batches score, without waiting for the device."""
 
     def __init__(self, device: torch.device) -> None:
-        # float64 keeps counts exact beyond 2**24 rows; MPS has none.
-        dtype = torch.float32 if device.type == "mps" else torch.float64
-        self._sums = torch.zeros(2, len(_FIELDS), dtype=dtype, device=device)
+        self._sums = torch.zeros(2, len(_FIELDS), dtype=sum_dtype(device), device=device)
         self._tokens = 0
 
     def add(self, scores: RowScores, weight_R: Tensor, kind_R: Tensor, tokens: int) -> None:

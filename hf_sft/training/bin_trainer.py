@@ -16,6 +16,7 @@ from hf_sft.attention.selfcheck import Choice
 from hf_sft.collators import Batch, CausalCollator, LabelsCollator
 from hf_sft.data.bins import BinLoader, Bins, BinSampler, Examples
 from hf_sft.data.pipeline import rows_from_examples
+from hf_sft.metrics import sum_dtype
 from hf_sft.models.wrappers import base_model
 
 
@@ -114,8 +115,9 @@ class BinTrainer(Trainer):
 
     def _prepare_input(self, data: Any) -> Any:
         # DeepSpeed's cast of every float tensor to the engine's type would round the weights of the rows.
+        device = self.args.device
         if isinstance(data, Tensor):
-            return data.to(self.args.device, _sum_dtype(data, self.args.device), non_blocking=True)
+            return data.to(device, sum_dtype(device) if data.dtype == torch.float64 else data.dtype, non_blocking=True)
         return super()._prepare_input(data)
 
     def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> Tensor | None:
@@ -123,10 +125,5 @@ class BinTrainer(Trainer):
         if not batch_samples:
             return None
         items: Tensor = sum(batch["num_items"] for batch in batch_samples)
-        items = items.to(device, _sum_dtype(items, device))
+        items = items.to(device, sum_dtype(device))
         return self.accelerator.reduce(items, "sum") if self.args.world_size > 1 else items
-
-
-def _sum_dtype(data: Tensor, device: torch.device) -> torch.dtype:
-    """MPS has no float64."""
-    return torch.float32 if data.dtype == torch.float64 and device.type == "mps" else data.dtype

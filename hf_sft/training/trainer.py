@@ -31,7 +31,7 @@ from hf_sft.checkpoints import resolve_resume, verify_adapter, verify_weights
 from hf_sft.collators import CONTRACT_KEYS, Batch
 from hf_sft.data.chat import IGNORE
 from hf_sft.losses import RowScores, score_logits
-from hf_sft.metrics import TokenSums, TokenTotals
+from hf_sft.metrics import TokenSums, TokenTotals, sum_dtype
 from hf_sft.models.adapters import save_adapter
 from hf_sft.models.head import HeadScorer
 from hf_sft.models.wrappers import base_model
@@ -160,8 +160,8 @@ class SFTTrainer(BinTrainer):
 
     @cached_property
     def _kind_coefficients(self) -> Tensor:  # on the device once: a copy from the host would wait in every micro-batch
-        dtype = torch.float32 if self.args.device.type == "mps" else torch.float64
-        return torch.tensor(self.coefficients, dtype=dtype, device=self.args.device)
+        device = self.args.device
+        return torch.tensor(self.coefficients, dtype=sum_dtype(device), device=device)
 
     def _model_inputs(self, batch: Batch) -> dict[str, Any]:
         inputs = {key: value for key, value in batch.items() if key not in CONTRACT_KEYS}
