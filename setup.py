@@ -6,8 +6,9 @@ QUANT = ["bitsandbytes>=0.49"]
 DEEPSPEED = ["deepspeed>=0.18"]
 METRICS = ["sacrebleu>=2.4", "rouge-score>=0.1.2", "nltk>=3.9", "rapidfuzz>=3.9"]
 LOGGING = ["tensorboard>=2.18"]
+PLOT = ["matplotlib>=3.9"]
 DEV = ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff>=0.14", "mypy>=1.11", "trl>=1.14"]
-DEV += LOGGING  # written to by a test
+DEV += LOGGING + PLOT  # written to and drawn by tests
 
 setup(
     name="hf-sft",
@@ -37,8 +38,9 @@ setup(
         "deepspeed": DEEPSPEED,
         "metrics": METRICS,
         "logging": LOGGING,
+        "plot": PLOT,
         "dev": DEV,
-        "all": sorted({*QUANT, *DEEPSPEED, *METRICS, *LOGGING}),
+        "all": sorted({*QUANT, *DEEPSPEED, *METRICS, *LOGGING, *PLOT}),
     },
     entry_points={"console_scripts": ["hf-sft = hf_sft.cli:script"]},
     classifiers=[

@@ -21,7 +21,10 @@ _EXPORTS = {
     "ModelArguments": "hf_sft.arguments",
     "SFTTrainer": "hf_sft.training.trainer",
     "TrainingArguments": "hf_sft.training_arguments",
+    "WeDLMArguments": "hf_sft.arguments",
+    "WeDLMCollator": "hf_sft.collators",
     "encode_conversation": "hf_sft.data.chat",
+    "generate_wedlm": "hf_sft.generation",
     "load_model": "hf_sft.models.loading",
     "load_tokenizer": "hf_sft.models.loading",
     "merge_adapter": "hf_sft.merging",
@@ -30,10 +33,11 @@ _EXPORTS = {
 }
 
 if TYPE_CHECKING:
-    from hf_sft.arguments import DataArguments, LoraArguments, ModelArguments
-    from hf_sft.collators import CausalCollator
+    from hf_sft.arguments import DataArguments, LoraArguments, ModelArguments, WeDLMArguments
+    from hf_sft.collators import CausalCollator, WeDLMCollator
     from hf_sft.data.chat import encode_conversation
     from hf_sft.data.packing import pack_documents
+    from hf_sft.generation import generate_wedlm
     from hf_sft.merging import merge_adapter
     from hf_sft.models.loading import load_model, load_tokenizer
     from hf_sft.parsing import parse_args
@@ -47,8 +51,11 @@ __all__ = [
     "ModelArguments",
     "SFTTrainer",
     "TrainingArguments",
+    "WeDLMArguments",
+    "WeDLMCollator",
     "__version__",
     "encode_conversation",
+    "generate_wedlm",
     "load_model",
     "load_tokenizer",
     "merge_adapter",

@@ -47,7 +47,9 @@ class ModelArguments:
     )
     double_quantization: bool = arg(True, "Quantise the scales of nf4 as well (about 0.4 bit per weight less).")
     attention_backend: Literal["auto", "dense", "segment", "flash", "flex", "magi"] = arg(
-        "auto", "How packed documents are kept apart. auto measures which backend is right for the model and says so."
+        "auto",
+        "How packed documents are kept apart. auto measures which backend is right for the model and says so. magi needs "
+        "MagiAttention, flex trains on CUDA alone, flash is not available in this version.",
     )
     new_special_tokens: list[str] = arg([], "Special tokens to add to the tokenizer; their rows are trained.")
 
@@ -77,13 +79,21 @@ class DataArguments:
 
     _argument_group_name = "data"
 
-    train_file: str | None = arg(None, "Training data: JSON lines or a JSON array of conversations.")
+    train_file: str | None = arg(
+        None, "Training data: JSON lines or a JSON array of conversations; of texts (or a .txt file) under pretrain."
+    )
     eval_file: str | None = arg(None, "Evaluation data, in the same formats.")
-    task_type: Literal["sft", "pretrain", "dpo"] = arg("sft", "sft: learn the assistant's turns of conversations.")
-    objective: Literal["causal", "wedlm"] = arg("causal", "causal: predict the next token.")
+    task_type: Literal["sft", "pretrain", "dpo"] = arg(
+        "sft", "sft: learn the assistant's turns of conversations. pretrain: learn every token of raw texts."
+    )
+    objective: Literal["causal", "wedlm"] = arg(
+        "causal", "causal: predict the next token. wedlm: recover masked tokens under causal attention as well."
+    )
     max_seq_length: int = arg(2048, "Capacity of a bin and longest document, in tokens.")
-    overlength: Literal["drop", "truncate", "error"] = arg(
-        "drop", "A document longer than max_seq_length. A truncated answer is not taught to stop."
+    overlength: Literal["drop", "truncate", "split", "error"] | None = arg(
+        None,
+        "A document longer than max_seq_length. A truncated answer is not taught to stop. split (pretrain only) cuts it into "
+        "several, none of its tokens lost. Default: drop, under pretrain split.",
     )
     bad_records: Literal["error", "skip"] = arg(
         "error", "A record that cannot be read or encoded: stop, or skip and count."
@@ -105,3 +115,35 @@ class DataArguments:
         None, "Where tokenised data is kept. Default: $HF_SFT_CACHE, else ~/.cache/hf_sft."
     )
     rebuild_cache: bool = arg(False, "Tokenise again even if the cache holds the same data.")
+
+    @property
+    def overlength_rule(self) -> str:
+        """``overlength``, or what it is by default for the task."""
+        return self.overlength or ("split" if self.task_type == "pretrain" else "drop")
+
+
+@dataclass
+class WeDLMArguments:
+    """The objective wedlm: block diffusion under causal attention (arXiv 2512.22737)."""
+
+    _argument_group_name = "wedlm"
+
+    block_size: int = arg(32, "Tokens per block; each block is masked by itself.")
+    mask_per_block: bool = arg(True, "Draw the share of masked tokens for each block; false: once per document.")
+    mask_sampling: Literal["elbo", "reference"] = arg(
+        "elbo",
+        "elbo: the exact any-order bound. reference: as Tencent's code, weights 1/gamma normalised per micro-batch; for parity.",
+    )
+    loss_weighting_scheme: Literal["weighted", "uniform"] = arg(
+        "weighted", "Weights of mask slots: as mask_sampling says, or the same for every slot of a block."
+    )
+    num_learnable_im_end: int = arg(
+        8, "End-of-turn tokens learned behind the last answer, so that slots behind the end are defined while decoding."
+    )
+    mask_token: str | None = arg(
+        None,
+        "The mask token; added to the vocabulary if it is new. Default: the config's, the tokenizer's, else 151665.",
+    )
+    mask_token_id: int | None = arg(None, "The mask token by its id.")
+    enable_ar_loss: bool = arg(True, "Learn the next token on the clean stream as well.")
+    ar_loss_weight: float = arg(1.0, "Weight a of that loss: (masked + a * next token) / (1 + a).")

@@ -33,7 +33,9 @@ IDENTITY_FIELDS = (
     "new_special_tokens", "train_mode", "dtype", "quantization", "double_quantization",
     "lora_rank", "lora_alpha", "lora_target_modules", "lora_bias", "use_dora", "use_rslora", "modules_to_save",
     "train_file_hash", "max_train_samples", "task_type", "objective", "train_on", "chat_template", "chat_template_kwargs",
-    "max_seq_length", "overlength", "packing", "seed", "data_seed", "train_sampling_strategy", "global_batch_size",
+    "block_size", "mask_per_block", "mask_sampling", "loss_weighting_scheme", "num_learnable_im_end", "mask_token",
+    "mask_token_id", "enable_ar_loss", "ar_loss_weight", "max_seq_length", "overlength", "packing", "seed", "data_seed",
+    "train_sampling_strategy", "global_batch_size",
 )  # fmt: skip
 # What only a run that has ended leaves at the top of its folder.
 _RESULTS = ("*.safetensors", "adapter_config.json", "config.json", "trainer_state.json", "*_results.json")

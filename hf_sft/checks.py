@@ -11,14 +11,18 @@ from dataclasses import fields
 from importlib.util import find_spec
 from typing import Any
 
-from hf_sft.arguments import DataArguments, LoraArguments, ModelArguments
+from hf_sft.arguments import DataArguments, LoraArguments, ModelArguments, WeDLMArguments
 
 LATER = {  # what the names of the interface promise and this version does not have yet
-    "task_type": ("sft",),
-    "objective": ("causal",),
-    "attention_backend": ("auto", "dense", "segment"),
+    "task_type": ("sft", "pretrain"),
+    "attention_backend": ("auto", "dense", "segment", "flex", "magi"),
 }
 METRICS = ("loss", "perplexity", "token_accuracy", "supervised_tokens")  # of an evaluation by train.py
+WEDLM_METRICS = ("any_order_bound", "masked_loss", "masked_accuracy")  # and these of objective wedlm
+FLASH_REFUSED = (
+    "attention_backend is flash and objective is wedlm: flash kernels know whole causal documents by their lengths alone, and "
+    "cannot be told which block of the noisy stream sees what; choose auto, segment, dense, flex or magi"
+)
 _NOT_NEGATIVE = ("learning_rate", "weight_decay", "max_grad_norm", "adam_epsilon", "dataloader_num_workers")
 # What report_to can name: the modules of which one is needed, and the package that brings it. kubeflow needs none.
 _REPORTERS: dict[str, tuple[tuple[str, ...], str]] = {
@@ -112,9 +116,53 @@ def check_data(data: DataArguments) -> Iterator[str]:
         yield "max_eval_samples is set and eval_file is not: name the evaluation data, or leave it out"
 
 
+def check_task(data: DataArguments, given: set[str]) -> Iterator[str]:
+    """What belongs to conversations, under pretrain; and the other way round."""
+    if data.task_type == "pretrain":
+        for name in ("train_on", "chat_template", "chat_template_kwargs"):
+            if name in given:
+                yield f"{name} belongs to conversations, and task_type is pretrain, which learns every token: leave it out"
+    elif data.overlength == "split":
+        yield "overlength is split, which cuts texts of task_type pretrain; a conversation is dropped or truncated"
+
+
+def check_wedlm(wedlm: WeDLMArguments, data: DataArguments, backend: str, given: set[str]) -> Iterator[str]:
+    if data.objective != "wedlm":
+        if named := [entry.name for entry in fields(WeDLMArguments) if entry.name in given]:
+            verb = "belongs" if len(named) == 1 else "belong"
+            yield (
+                f"{', '.join(named)} {verb} to objective wedlm, and objective is {data.objective}: "
+                "set objective to wedlm, or leave them out"
+            )
+        return
+    if not 1 <= wedlm.block_size <= data.max_seq_length:
+        yield (
+            f"block_size is {wedlm.block_size}: a block has at least 1 token and at most max_seq_length "
+            f"({data.max_seq_length}); 32 is usual"
+        )
+    if wedlm.num_learnable_im_end < 0:
+        yield f"num_learnable_im_end is {wedlm.num_learnable_im_end}: use 0 or more"
+    if "num_learnable_im_end" in given and wedlm.num_learnable_im_end:
+        why = "texts have no turns" if data.task_type == "pretrain" else "train_on is all"
+        if data.task_type == "pretrain" or data.train_on == "all":
+            yield f"num_learnable_im_end is {wedlm.num_learnable_im_end}, and {why}: leave it out, or set it to 0"
+    if not 0 <= wedlm.ar_loss_weight < float("inf"):
+        yield f"ar_loss_weight is {wedlm.ar_loss_weight:g}: use a number from 0 on"
+    if not wedlm.enable_ar_loss and "ar_loss_weight" in given and wedlm.ar_loss_weight:
+        yield f"ar_loss_weight is {wedlm.ar_loss_weight:g} and enable_ar_loss is false: leave out one of them"
+    if wedlm.mask_token is not None and not wedlm.mask_token.strip():
+        yield f"mask_token is {wedlm.mask_token!r}: name a token that is not blank"
+    if data.packing is False:
+        yield "packing is false and objective is wedlm: its two streams need a packed layout; leave packing out"
+    if backend == "flash":
+        yield FLASH_REFUSED
+
+
 def check_later(arguments: Mapping[str, Any]) -> Iterator[str]:
     for name, available in LATER.items():
         if arguments[name] not in available:
+            if name == "attention_backend" and arguments["objective"] == "wedlm":
+                continue  # check_wedlm has the reason
             choice = " or ".join(available)
             yield f"{name} is {arguments[name]}, which is not available in this version; choose {choice}"
 
@@ -154,16 +202,17 @@ def check_training(training: Any, data: DataArguments, given: set[str]) -> Itera
         yield f"num_train_epochs is {training.num_train_epochs:g} and max_steps is not set: nothing would be trained"
 
 
-def check_metric(training: Any) -> Iterator[str]:
+def check_metric(training: Any, objective: str) -> Iterator[str]:
     """The metric that chooses the best checkpoint is one that train.py measures."""
     metric = training.metric_for_best_model
-    if metric is not None and metric.removeprefix("eval_") not in METRICS:
+    known = (*METRICS, *(WEDLM_METRICS if objective == "wedlm" else ()))
+    if metric is not None and metric.removeprefix("eval_") not in known:
         yield (
-            f"metric_for_best_model is {metric!r}, which train.py does not measure; choose one of {', '.join(METRICS)} "
+            f"metric_for_best_model is {metric!r}, which train.py does not measure; choose one of {', '.join(known)} "
             "(with or without eval_ before it)"
         )
     elif metric is None and _plain(training.save_strategy) == "best" and not training.load_best_model_at_end:
-        yield f"save_strategy is best and metric_for_best_model is not set: choose one of {', '.join(METRICS)}"
+        yield f"save_strategy is best and metric_for_best_model is not set: choose one of {', '.join(known)}"
 
 
 def check_report_to(training: Any) -> Iterator[str]:

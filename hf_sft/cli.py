@@ -14,6 +14,7 @@ from hf_sft.help import print_help, print_requested_help
 
 COMMANDS = {
     "train": "Fine-tune a model: arguments, data, training, checkpoint.",
+    "generate": "Answer prompts with a trained model, in parallel if it was trained as WeDLM.",
     "merge": "Merge an adapter into its base model and write the whole model.",
 }
 _USAGE = """\

@@ -1,6 +1,6 @@
 """From bins of token rows to the batch contract: at these rows, predict these tokens, with these weights.
 
-Shapes: T packed tokens, B padded documents of up to L tokens, R scored rows, D documents.
+Shapes: T packed tokens, B padded documents of up to L tokens, R scored rows, D documents, K kinds of targets (2 in training).
 
 | key             | packed            | padded                  | meaning                                              |
 |-----------------|-------------------|-------------------------|------------------------------------------------------|
@@ -12,9 +12,9 @@ Shapes: T packed tokens, B padded documents of up to L tokens, R scored rows, D 
 | logits_to_keep  | [R] int64         | [R] int64 into [B * L]  | rows that are scored; the head runs on no others     |
 | target_ids      | [R] int64         | [R] int64               | the token that each scored row must predict          |
 | target_weight   | [R] float32       | [R] float32             | 1                                                    |
-| target_kind     | [R] int64         | [R] int64               | 0: next token                                        |
+| target_kind     | [R] int64         | [R] int64               | 0: next token, 1: mask slot                          |
 | target_doc      | [R] int64         | [R] int64               | document of each row                                 |
-| num_items       | [2] float64       | [2] float64             | this micro-batch's share of N, per kind              |
+| num_items       | [K] float64       | [2] float64             | this micro-batch's share of N, per kind              |
 | num_tokens      | int               | int                     | tokens of documents, padding not counted             |
 """
 
@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ from torch import Tensor
 
 from hf_sft.attention.layout import Layout
 from hf_sft.data.chat import IGNORE
-from hf_sft.noise import MaskRule, document_generator, draw_mask
+from hf_sft.noise import Mask, MaskRule, document_generator, draw_mask, mask_at_ratio
 from hf_sft.streams import group_blocks, noisy_stream
 
 # What the Trainer reads itself; everything else in a batch goes to the model.
@@ -115,6 +115,8 @@ class WeDLMCollator:
     pad_token_id: int = 0
     return_4d_mask: bool = False
 
+    kinds: ClassVar[int] = 2
+
     def __call__(self, bins: Sequence[Mapping[str, Any] | Sequence[Mapping[str, Any]]]) -> Batch:
         """Collate bins of token rows, or bare token rows, into one packed batch."""
         rows = [row for item in bins for row in ([item] if isinstance(item, Mapping) else item)]
@@ -127,10 +129,11 @@ class WeDLMCollator:
         doc_ids = np.repeat(np.arange(len(lengths)), lengths)
         (scored,) = np.nonzero(column["target"] != IGNORE)
         kind, weight = column["kind"][scored], column["weight"][scored]
-        slots = float(sum(part["supervised"] for part in parts))
+        items = np.bincount(kind, minlength=self.kinds).astype(np.float64)
+        items[1] = sum(part["supervised"] for part in parts)
         if self.rule.sampling == "reference" and weight[kind == 1].size:
             weight[kind == 1] /= weight[kind == 1].sum()
-            slots = 1.0
+            items[1] = 1.0
         batch: Batch = {
             "input_ids": torch.from_numpy(column["ids"])[None],
             "position_ids": torch.from_numpy(column["pos"])[None],
@@ -145,32 +148,70 @@ class WeDLMCollator:
             "target_weight": torch.from_numpy(weight.astype(np.float32)),
             "target_kind": torch.from_numpy(kind),
             "target_doc": torch.from_numpy(doc_ids[scored]),
-            "num_items": torch.tensor([float((kind == 0).sum()), slots], dtype=torch.float64),
+            "num_items": torch.from_numpy(items),
         }
         if self.return_4d_mask:
             batch["attention_mask"] = Layout.from_batch(batch).allowed()[None, None]
         return batch
 
     def _document(self, row: Mapping[str, Any], number: int) -> dict[str, Any]:
-        """Both streams of one document, as columns."""
+        """The clean stream of one document and its noisy streams, as columns."""
         ids, labels = np.asarray(row["input_ids"], dtype=np.int64), np.asarray(row["labels"], dtype=np.int64)
-        generator = document_generator(self.seed, row.get("epoch", 0), row.get("document", number))
-        supervised = labels != IGNORE
-        mask = draw_mask(supervised, self.rule, generator)
-        stream = noisy_stream(mask.masked, self.rule.block_size, elide=self.elide)
-        length = len(ids)
+        supervised, length = labels != IGNORE, len(ids)
         next_token = next_token_targets(labels) if self.enable_ar_loss else np.full(length, IGNORE)
-        return {
-            "ids": np.concatenate([ids, np.where(stream.slot, self.mask_token_id, ids[stream.pos])]),
-            "pos": np.concatenate([np.arange(length), stream.pos]),
-            "block": np.concatenate([np.full(length, -1), stream.block]),
-            "limit": np.concatenate([np.arange(length) + 1, stream.anchor]),
-            "target": np.concatenate([next_token, np.where(stream.slot, ids[stream.pos], IGNORE)]),
-            "kind": np.concatenate([np.zeros(length, dtype=np.int64), np.ones(len(stream.pos), dtype=np.int64)]),
-            "weight": np.concatenate([np.ones(length), mask.weight[stream.pos]]),
-            "supervised": int(supervised.sum()),
-            "pieces": (length, group_blocks(stream)),
+        clean = {
+            "ids": ids,
+            "pos": np.arange(length),
+            "block": np.full(length, -1),
+            "limit": np.arange(length) + 1,
+            "target": next_token,
+            "kind": np.zeros(length, dtype=np.int64),
+            "weight": np.ones(length),
         }
+        parts, groups, blocks = [clean], [], -(-length // self.rule.block_size)
+        for mask, kind in self._masks(supervised, row.get("epoch", 0), row.get("document", number)):
+            stream = noisy_stream(mask.masked, self.rule.block_size, elide=self.elide)
+            noisy = {
+                "ids": np.where(stream.slot, self.mask_token_id, ids[stream.pos]),
+                "pos": stream.pos,
+                "block": stream.block
+                + blocks * (len(parts) - 1),  # blocks of several noisy streams do not see each other
+                "limit": stream.anchor,
+                "target": np.where(stream.slot, ids[stream.pos], IGNORE),
+                "kind": kind[stream.block],
+                "weight": mask.weight[stream.pos],
+            }
+            parts.append(noisy)
+            groups += group_blocks(stream)
+        columns = {key: np.concatenate([part[key] for part in parts]) for key in clean}
+        return {**columns, "supervised": int(supervised.sum()), "pieces": (length, groups)}
+
+    def _masks(self, supervised: np.ndarray, epoch: int, document: int) -> list[tuple[Mask, np.ndarray]]:
+        """The mask of each noisy stream, and the kind [blocks] of the slots of each of its blocks."""
+        mask = draw_mask(supervised, self.rule, document_generator(self.seed, epoch, document))
+        return [(mask, np.ones(-(-len(supervised) // self.rule.block_size), dtype=np.int64))]
+
+
+RATIOS = tuple(share / 10 for share in range(1, 11))
+
+
+@dataclass
+class WeDLMEvalCollator(WeDLMCollator):
+    """Collate documents to measure a model, with noise that never changes.
+
+    Each document has two noisy streams. The first is drawn by ``rule`` (``elbo``, weighted: the any-order bound); in the second
+    each block is masked at one of ``RATIOS``, dealt in turn to blocks and documents, as kinds 2 to 11 of weight 1.
+    """
+
+    kinds: ClassVar[int] = 2 + len(RATIOS)
+
+    def _masks(self, supervised: np.ndarray, epoch: int, document: int) -> list[tuple[Mask, np.ndarray]]:
+        generator = document_generator(self.seed, 0, document)
+        blocks = -(-len(supervised) // self.rule.block_size)
+        place = (document + np.arange(blocks)) % len(RATIOS)
+        masked = mask_at_ratio(supervised, np.array(RATIOS)[place], self.rule, generator).masked
+        bound = draw_mask(supervised, self.rule, generator)
+        return [(bound, np.ones(blocks, dtype=np.int64)), (Mask(masked, np.ones(len(masked))), place + 2)]
 
 
 def next_token_targets(labels: np.ndarray) -> np.ndarray:

@@ -170,6 +170,7 @@ _SCRIPTS: dict[str, Old] = {
     "train_on_prompt": Old("train_on", _when("all")),
     "mask_history": Old("train_on", _when("last")),
     "finetuning_type": Old("train_mode"),
+    "mask_eps": Old(None, note="no mask is drawn with a ratio of 0"),
     "stage": Old("task_type", _choice({"pt": "pretrain"})),
     "load_in_4bit": Old("quantization", _when("nf4")),
     "load_in_8bit": Old("quantization", _when("int8")),

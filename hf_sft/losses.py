@@ -17,7 +17,7 @@ Hsu et al., Liger Kernel, arXiv 2410.10989).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,6 +49,18 @@ class LogitTransform:
         return self.scale if self.scale != 1.0 else None
 
 
+class ReplacedRows(NamedTuple):
+    """Rows of a head that are trained while its weight is frozen.
+
+    Attributes:
+        ids: [N] int64, each once.
+        rows: [N, H], used in the type of the weight.
+    """
+
+    ids: Tensor
+    rows: Tensor
+
+
 @dataclass(frozen=True)
 class RowScores:
     """Result of scoring R rows.
@@ -72,6 +84,7 @@ def score_rows(
     row_weight_R: Tensor,
     transform: LogitTransform = LogitTransform(),
     chunk_rows: int | None = None,
+    replaced: ReplacedRows | None = None,
 ) -> RowScores:
     """Weighted cross entropy of R rows through a linear head, in chunks.
 
@@ -83,12 +96,14 @@ def score_rows(
         row_weight_R: [R] float32 weight of each row in the loss.
         transform: what the model does to its logits.
         chunk_rows: rows per chunk; chosen from the vocabulary and the device by default.
+        replaced: rows that stand in for some of the head's.
 
     Returns:
-        RowScores; gradients flow to ``hidden_RH``, ``weight_VH`` and ``bias_V`` through ``loss`` alone.
+        RowScores; gradients flow to ``hidden_RH``, ``weight_VH``, ``bias_V`` and the replaced rows through ``loss`` alone.
     """
+    ids, rows = (None, None) if replaced is None else replaced
     loss, nll, correct = _ChunkedCrossEntropy.apply(
-        hidden_RH, weight_VH, bias_V, target_R, row_weight_R, transform, chunk_rows
+        hidden_RH, weight_VH, bias_V, rows, ids, target_R, row_weight_R, transform, chunk_rows
     )
     return RowScores(loss, nll, correct)
 
@@ -103,11 +118,11 @@ def score_logits(logits_RV: Tensor, target_R: Tensor, row_weight_R: Tensor) -> R
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden, weight, bias, target, row_weight, transform, chunk_rows):  # type: ignore[override]
+    def forward(ctx: Any, hidden, weight, bias, own_rows, own_ids, target, row_weight, transform, chunk_rows):  # type: ignore[override]
         device = hidden.device.type
         autocast = torch.is_autocast_enabled(device)
         compute_dtype = torch.get_autocast_dtype(device) if autocast else weight.dtype
-        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        needs_hidden, needs_weight, needs_bias, needs_rows = ctx.needs_input_grad[:4]
         needs_grad = any(ctx.needs_input_grad)
         acc_dtype = _accumulation_dtype(compute_dtype)
         rows, vocabulary = hidden.shape[0], weight.shape[0]
@@ -116,17 +131,21 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
         with torch.autocast(device, enabled=False):
             weight_c = weight.to(compute_dtype)
+            rows_c = None if own_rows is None else own_rows.to(weight.dtype).to(compute_dtype)
             nll = torch.empty(rows, dtype=acc_dtype, device=hidden.device)
             correct = torch.empty(rows, dtype=torch.bool, device=hidden.device)
             grad_hidden = torch.empty_like(hidden) if needs_hidden else None
             grad_weight = torch.zeros_like(weight, dtype=acc_dtype) if needs_weight else None
             grad_bias = torch.zeros_like(bias, dtype=acc_dtype) if needs_bias else None
+            grad_rows = torch.zeros_like(own_rows, dtype=acc_dtype) if needs_rows else None
             scale = _power_of_two(row_weight)
             relative = row_weight / scale
             for start in range(0, rows, chunk_rows):
                 part = slice(start, start + chunk_rows)
                 hidden_c = hidden[part].to(compute_dtype)
                 logits = torch.mm(hidden_c, weight_c.t()).to(acc_dtype)
+                if rows_c is not None:
+                    logits[:, own_ids] = torch.mm(hidden_c, rows_c.t()).to(acc_dtype)
                 if bias is not None:
                     logits.add_(bias)
                 logits = transform(logits)
@@ -136,19 +155,26 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                     continue
                 if slope is not None:
                     grad.mul_(slope)
+                if grad_bias is not None:
+                    grad_bias += grad.sum(0)
                 grad_c = grad.to(compute_dtype)
+                if rows_c is not None:
+                    own_grad = grad_c[:, own_ids]
+                    grad_c[:, own_ids] = 0  # the rows behind them take no part
                 if grad_hidden is not None:
                     grad_hidden[part] = torch.mm(grad_c, weight_c)
+                    if rows_c is not None:
+                        grad_hidden[part] += torch.mm(own_grad, rows_c)
+                if grad_rows is not None:
+                    grad_rows += torch.mm(own_grad.t(), hidden_c)
                 if grad_weight is not None:
                     if grad_weight.dtype == compute_dtype:
                         grad_weight.addmm_(grad_c.t(), hidden_c)
                     else:
                         grad_weight += torch.mm(grad_c.t(), hidden_c)
-                if grad_bias is not None:
-                    grad_bias += grad.sum(0)
             loss = torch.dot(nll, row_weight.to(acc_dtype))
-        ctx.grads = (grad_hidden, grad_weight, grad_bias)
-        ctx.scale, ctx.dtypes = scale, (hidden.dtype, weight.dtype)
+        ctx.grads = (grad_hidden, grad_weight, grad_bias, grad_rows)
+        ctx.scale, ctx.dtypes = scale, (weight.dtype, None if own_rows is None else own_rows.dtype)
         ctx.mark_non_differentiable(nll, correct)
         return loss, nll, correct
 
@@ -159,8 +185,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         factor = grad_loss * ctx.scale
         grads = [None if grad is None else grad.mul_(factor) for grad in ctx.grads]
         ctx.grads = None
-        grad_weight = None if grads[1] is None else grads[1].to(ctx.dtypes[1])
-        return grads[0], grad_weight, grads[2], None, None, None, None
+        grad_weight, grad_rows = (
+            None if grad is None else grad.to(dtype) for grad, dtype in zip(grads[1::2], ctx.dtypes, strict=True)
+        )
+        return grads[0], grad_weight, grads[2], grad_rows, None, None, None, None, None
 
 
 def _score_chunk(

@@ -5,22 +5,22 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
-from peft import PeftModel
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from hf_sft.arguments import ModelArguments
 from hf_sft.checkpoints import verify_weights
-from hf_sft.models.adapters import load_adapter, read_adapter_config
-from hf_sft.models.loading import load_model, load_tokenizer
-from hf_sft.models.vocabulary import grow_embeddings, vocabulary_rows
+from hf_sft.models.adapters import read_adapter_config
+from hf_sft.models.inference import DTYPES, adapter_tokenizer, base_arguments, own_dtype, put_adapter
+from hf_sft.models.loading import load_model
 
 logger = logging.getLogger(__name__)
-
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
 def merge_adapter(
@@ -42,68 +42,64 @@ def merge_adapter(
     Raises:
         ValueError: no adapter, no base, an adapter of another base, or an output folder that holds something.
     """
-    target = Path(output_dir)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"output_dir {output_dir!r} is not empty; a merged model is written to a new folder.")
-    if dtype is not None and dtype not in ("float32", "bfloat16", "float16"):
-        raise ValueError(f"dtype is {dtype!r}; choose float32, bfloat16 or float16.")
-    config = read_adapter_config(adapter)
-    base = base or config.base_model_name_or_path
-    if not base:
-        raise ValueError(f"Adapter {adapter!r} does not name its base; give it with --base.")
-    arguments = ModelArguments(
-        model_name_or_path=base,
-        model_revision=config.revision if base == config.base_model_name_or_path else None,
-        trust_remote_code=trust_remote_code,
-    )
-    own = _own_dtype(arguments)
-    # DoRA divides by a norm of the sum, so its sums are formed in float32; plain LoRA adds in float32 by itself.
-    arguments.dtype = "float32" if config.use_dora else own  # type: ignore[assignment]
-    model = cast(PreTrainedModel, load_model(arguments))
-    tokenizer = load_tokenizer(
-        ModelArguments(model_name_or_path=_tokenizer_source(adapter, base), trust_remote_code=trust_remote_code)
-    )
-    merged = _merge(model, adapter, len(tokenizer)).to(getattr(torch, dtype or own))
-    if Path(adapter, "generation_config.json").is_file():
-        merged.generation_config = GenerationConfig.from_pretrained(adapter)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as beside:
-        written = Path(beside) / "model"
+    with new_folder(output_dir, "a merged model") as written:
+        if dtype is not None and dtype not in DTYPES:
+            raise ValueError(f"dtype is {dtype!r}; choose float32, bfloat16 or float16.")
+        named = base_arguments(adapter, base, trust_remote_code=trust_remote_code)
+        merged, tokenizer = load_merged(adapter, named, dtype=dtype)
         merged.save_pretrained(written)
         tokenizer.save_pretrained(written)
         _verify(written, trust_remote_code)
-        if target.exists():
-            target.rmdir()  # empty, as checked; rename wants it gone on some systems
-        os.replace(written, target)
-    logger.info("Merged %s into %s: %s", adapter, base, target)
-    return str(target)
+    logger.info("Merged %s into %s: %s", adapter, named.model_name_or_path, output_dir)
+    return str(Path(output_dir))
 
 
-def _merge(model: PreTrainedModel, adapter: str, tokens: int) -> PreTrainedModel:
-    """The base with the adapter in its weights; ``tokens`` of the adapter's tokenizer all have rows."""
-    if tokens > vocabulary_rows(model):
-        grow_embeddings(model, tokens)
-    peft_model: PeftModel = load_adapter(model, adapter)
-    merged = peft_model.merge_and_unload(safe_merge=True)  # safe: a NaN in the sum is an error
+@contextmanager
+def new_folder(output_dir: str, what: str) -> Iterator[Path]:
+    """A folder to write ``what`` to: it stands at ``output_dir`` if nothing fails, and nowhere otherwise.
+
+    Raises:
+        ValueError: something is there already.
+    """
+    target = Path(output_dir)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"output_dir {output_dir!r} is not empty; {what} is written to a new folder.")
+    made = [parent for parent in target.parents if not parent.exists()]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as beside:
+            written = Path(beside) / "model"
+            written.mkdir()
+            yield written
+            if target.exists():
+                target.rmdir()  # empty, as checked; rename wants it gone on some systems
+            os.replace(written, target)
+    except BaseException:
+        for parent in made:
+            with suppress(OSError):  # somebody else has put something there
+                parent.rmdir()
+        raise
+
+
+def load_merged(
+    adapter: str, base: ModelArguments, *, dtype: str | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """The base with the adapter in its weights, and the adapter's tokenizer, every token of which has a row.
+
+    Args:
+        base: as ``models.inference.base_arguments`` gives it.
+        dtype: type of the weights; default: the base's own.
+    """
+    own = own_dtype(base)
+    # DoRA divides by a norm of the sum, so its sums are formed in float32; plain LoRA adds in float32 by itself.
+    summed: Any = "float32" if read_adapter_config(adapter).use_dora else own
+    model = cast(PreTrainedModel, load_model(replace(base, dtype=summed)))
+    tokenizer = adapter_tokenizer(adapter, base)
+    merged = put_adapter(model, adapter, len(tokenizer)).merge_and_unload(safe_merge=True)  # safe: a NaN is an error
     merged.tie_weights()
-    return merged
-
-
-def _own_dtype(arguments: ModelArguments) -> str:
-    """The type that the base's config states; float32 if it states none."""
-    from hf_sft.models.loading import load_config
-
-    stated = load_config(str(arguments.model_name_or_path), arguments).dtype
-    name = str(stated).removeprefix("torch.")
-    return name if name in ("float32", "bfloat16", "float16") else "float32"
-
-
-def _tokenizer_source(adapter: str, base: str) -> str:
-    """The adapter's tokenizer, if it has one: training may have added tokens or a template."""
-    if Path(adapter).is_dir() and not any(Path(adapter, name).is_file() for name in _TOKENIZER_FILES):
-        logger.warning("%s holds no tokenizer; the base's is written.", adapter)
-        return base
-    return adapter
+    for parameter in merged.parameters():  # not the buffers: rotary frequencies are float32 in models of every type
+        parameter.data = parameter.data.to(getattr(torch, dtype or own))
+    return merged, tokenizer
 
 
 def _verify(folder: Path, trust_remote_code: bool) -> None:

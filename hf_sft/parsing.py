@@ -1,4 +1,4 @@
-"""From a file and the command line to the four argument objects, with every problem reported at once.
+"""From a file and the command line to the argument objects, with every problem reported at once.
 
     train.py --train_args_file run.json --learning_rate 1e-4
 
@@ -19,7 +19,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 from hf_sft import checks
-from hf_sft.arguments import DataArguments, LoraArguments, ModelArguments
+from hf_sft.arguments import DataArguments, LoraArguments, ModelArguments, WeDLMArguments
 from hf_sft.conversion import convert, show, takes
 from hf_sft.legacy import LEGACY, MODE_FLAGS, translate
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from hf_sft.training_arguments import TrainingArguments
 
 FILE_OPTIONS = ("train_args_file", "config")
-OWN_CLASSES = (ModelArguments, DataArguments, LoraArguments)
+OWN_CLASSES = (ModelArguments, DataArguments, LoraArguments, WeDLMArguments)
 HINT_OVERRIDES = {  # what users write and the annotations of transformers do not say
     "fsdp": bool | str | None,
     "resume_from_checkpoint": bool | str | None,
@@ -54,6 +54,7 @@ class Arguments:
     model: ModelArguments
     data: DataArguments
     lora: LoraArguments
+    wedlm: WeDLMArguments
     training: TrainingArguments
     given: set[str] = field(default_factory=set)
     notes: list[str] = field(default_factory=list)
@@ -245,14 +246,14 @@ def build_arguments(
     refused = refusals({**typed, **{key: values[key] for key in failed}}, packing)
     problems += [refused.get(key, sentence) for key, sentence in failed.items()]
     problems += [sentence for key, sentence in refused.items() if key not in failed]
-    model, data, lora = (
+    model, data, lora, wedlm = (
         _fill(cls, {e.name: typed[e.name] for e in fields(cls) if e.name in typed}) for cls in OWN_CLASSES
     )
     training_names = {entry.name for entry in fields(TrainingArguments)}
     wanted = {key: value for key, value in typed.items() if key in training_names and key not in refused}
     draft: Any = SimpleNamespace(**{entry.name: _default(entry) for entry in fields(TrainingArguments)} | wanted)
     given = set(typed) | set(failed)
-    arguments = Arguments(model, data, lora, draft, given, notes)
+    arguments = Arguments(model, data, lora, wedlm, draft, given, notes)
     problems += check_arguments(arguments, given)
     if draft.fp16 and draft.bf16:
         wanted.pop("fp16")  # said above; what else TrainingArguments objects to is still to be heard
@@ -273,14 +274,15 @@ def check_arguments(arguments: Arguments, given: set[str]) -> list[str]:
         given: the keys that the user wrote, so that a default is never blamed.
     """
     model, data, lora = arguments.model, arguments.data, arguments.lora
-    later = {name: getattr(model if hasattr(model, name) else data, name) for name in checks.LATER}
     problems = [
-        *checks.check_later(later),
+        *checks.check_later({**vars(model), **vars(data)}),
         *checks.check_model(model, given),
         *checks.check_lora(lora, model.train_mode, given),
         *checks.check_data(data),
+        *checks.check_task(data, given),
+        *checks.check_wedlm(arguments.wedlm, data, model.attention_backend, given),
         *checks.check_training(arguments.training, data, given),
-        *checks.check_metric(arguments.training),
+        *checks.check_metric(arguments.training, data.objective),
         *checks.check_report_to(arguments.training),
         *checks.check_scheduler(arguments.training),
     ]

@@ -1,4 +1,4 @@
-"""Task -> trainer: the one table."""
+"""Task -> trainer, the one table; and from arguments to what the trainers take."""
 
 from __future__ import annotations
 
@@ -6,10 +6,27 @@ from typing import Any
 
 from hf_sft.data.bins import Bins
 from hf_sft.data.pipeline import packing_report
+from hf_sft.models.loading import load_config
+from hf_sft.models.mask_token import resolve_mask_token
+from hf_sft.objectives import Objective, build_objective
 from hf_sft.parsing import Arguments
 from hf_sft.training.trainer import SFTTrainer
 
-TRAINERS: dict[str, type[SFTTrainer]] = {"sft": SFTTrainer}
+TRAINERS: dict[str, type[SFTTrainer]] = {"sft": SFTTrainer, "pretrain": SFTTrainer}
+
+
+def objective_of(arguments: Arguments, tokenizer: Any) -> Objective:
+    """The objective that the arguments ask for, before there is a model: its mask token joins the tokenizer if it is new.
+
+    Raises:
+        ValueError: as ``resolve_mask_token``.
+    """
+    token = None
+    if arguments.data.objective == "wedlm":
+        wedlm, model = arguments.wedlm, arguments.model
+        config = load_config(str(model.model_name_or_path or model.config_name_or_path), model)
+        token = resolve_mask_token(tokenizer, config, mask_token=wedlm.mask_token, mask_token_id=wedlm.mask_token_id)
+    return build_objective(arguments.data, arguments.wedlm, mask_token_id=token, seed=arguments.training.seed)
 
 
 def build_trainer(arguments: Arguments, model: Any, tokenizer: Any, train: Any, evaluation: Any | None) -> SFTTrainer:
@@ -25,6 +42,7 @@ def build_trainer(arguments: Arguments, model: Any, tokenizer: Any, train: Any, 
         eval_dataset=evaluation,
         processing_class=tokenizer,
         data_args=arguments.data,
+        wedlm_args=arguments.wedlm,
         attention_backend=arguments.model.attention_backend,
     )
 

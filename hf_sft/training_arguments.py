@@ -187,7 +187,7 @@ class TrainingArguments(_Parent):
     )
 
     def __post_init__(self) -> None:
-        if self.greater_is_better is None and (self.metric_for_best_model or "").endswith("perplexity"):
+        if self.greater_is_better is None and (self.metric_for_best_model or "").endswith(("perplexity", "bound")):
             self.greater_is_better = False  # the parent knows the loss alone
         super().__post_init__()
         accelerator: Any = self.accelerator_config

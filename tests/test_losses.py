@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hf_sft.losses import LogitTransform, score_logits, score_rows
+from hf_sft.losses import LogitTransform, ReplacedRows, score_logits, score_rows
 
 TRANSFORMS = {
     "plain": LogitTransform(),
@@ -98,3 +98,23 @@ def test_a_second_backward_is_refused() -> None:
     scores.loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="score the rows again"):
         scores.loss.backward()
+
+
+@pytest.mark.parametrize("chunk", [None, 3])
+def test_replaced_rows_are_those_of_a_head_with_these_rows(chunk) -> None:
+    generator = torch.Generator().manual_seed(1)
+    hidden, weight = (torch.randn(n, 6, generator=generator, dtype=torch.float64) for n in (10, 11))
+    rows, ids = torch.randn(2, 6, generator=generator, dtype=torch.float64), torch.tensor([7, 3])
+    target, row_weight = torch.tensor([7, 3, 0, 1, 7, 2, 4, 3, 9, 10]), torch.rand(10, generator=generator)
+    tensors = [tensor.clone().requires_grad_() for tensor in (hidden, weight, rows)]
+    got = score_rows(
+        tensors[0], tensors[1], None, target, row_weight, chunk_rows=chunk, replaced=ReplacedRows(ids, tensors[2])
+    )
+    got.loss.backward()
+    plain = [tensor.clone().requires_grad_() for tensor in (hidden, weight, rows)]
+    logits = plain[0] @ plain[1].index_copy(0, ids, plain[2]).T
+    want = torch.nn.functional.cross_entropy(logits, target, reduction="none")
+    (want * row_weight).sum().backward()
+    torch.testing.assert_close(got.nll, want.detach(), rtol=1e-12, atol=0)
+    for ours, theirs in zip(tensors, plain, strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-12, atol=1e-14)

@@ -78,6 +78,7 @@ def test_rows_are_those_of_encode_conversation(tokenizer, tmp_path) -> None:
         "dropped": {"overlength": 0, "no_supervised_token": 0},
         "bad": {"count": 0, "reasons": {}, "examples": []},
         "truncated": 0,
+        "cut_into_several": 0,
         "tokens": sum(lengths),
         "supervised_tokens": learned,
         "supervised_share": learned / sum(lengths),

@@ -250,6 +250,11 @@ def test_head_and_bias_of_every_kind(tmp_path) -> None:
     """Untied, tied, trained beside an adapter, and with an adapter on the head: the loss is that of the full logits."""
     from peft import LoraConfig, get_peft_model
 
+    def with_rows(**config):
+        layers = {name: [5, 77] for name in ("embed_tokens", "lm_head")[: 2 - config["tie_word_embeddings"]]}
+        lora = LoraConfig(target_modules=["q_proj"], trainable_token_indices=layers)
+        return get_peft_model(tiny.tiny_model(**config), lora)
+
     kinds = {
         "untied": (lambda: tiny.tiny_model(), True),
         "tied": (lambda: tiny.tiny_model(tie_word_embeddings=True), True),
@@ -259,6 +264,8 @@ def test_head_and_bias_of_every_kind(tmp_path) -> None:
             ),
             True,
         ),
+        "rows": (lambda: with_rows(tie_word_embeddings=False), True),
+        "tied rows": (lambda: with_rows(tie_word_embeddings=True), True),
         "adapted": (lambda: get_peft_model(tiny.tiny_model(), LoraConfig(target_modules=["q_proj", "lm_head"])), False),
     }
     rows = token_rows(3)
@@ -271,6 +278,7 @@ def test_head_and_bias_of_every_kind(tmp_path) -> None:
         loss.backward()
         got = {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}
         trainer.model.zero_grad()
+        assert not name.endswith("rows") or any("trainable_tokens" in n and got[n].norm() > 0 for n in got), name
         nll = []
         for row in rows:
             logits, labels = (

@@ -23,8 +23,8 @@ CONFIGS = sorted(path for path in ROOT.glob("train_args/**/*") if path.suffix in
 FLOORS: list[list[str]] = [
     ["arguments", "conversion", "legacy", "checks", "training_arguments", "help", "parsing"],
     ["data.", "losses", "metrics", "attention.layout", "attention", "noise", "streams"],
-    ["models.wrappers", "models.", "models", "attention.", "collators", "data.pipeline", "checkpoints", "merging"],
-    ["training.callbacks", "training"],
+    ["models.wrappers", "models.", "models", "attention.", "collators", "data.pipeline", "objectives", "checkpoints"],
+    ["merging", "exporting", "decoding.", "decoding", "generation", "drawing", "training.callbacks", "training"],
     ["training.setup", "training.bin_trainer", "training.trainer"],
     ["tasks", "commands", "commands."],
     ["cli"],

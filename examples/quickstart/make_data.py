@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+from collections.abc import Iterable
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -38,9 +39,8 @@ def record(rng: random.Random, held_out: bool) -> list[dict[str, str]]:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
-def write_records(path: Path, count: int, held_out: bool, rng: random.Random) -> None:
-    lines = (json.dumps(record(rng, held_out)) + "\n" for _ in range(count))
-    path.write_text("".join(lines), encoding="utf-8")
+def write_records(path: Path, records: Iterable[list[dict[str, str]]]) -> None:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -56,6 +56,17 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+def write_model(folder: Path) -> None:
+    """The tokenizer, and the config of a Qwen3 of 0.8 million parameters."""
+    tokenizer = make_tokenizer()
+    tokenizer.save_pretrained(folder)
+    config = Qwen3Config(
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=4, head_dim=32, max_position_embeddings=2048, tie_word_embeddings=True,
+    )  # fmt: skip
+    config.save_pretrained(folder)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
@@ -63,17 +74,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     rng = random.Random(options.seed)
-    model = options.folder / "model"
-    model.mkdir(parents=True, exist_ok=True)
-    write_records(options.folder / "train.jsonl", options.records, held_out=False, rng=rng)
-    write_records(options.folder / "eval.jsonl", 200, held_out=True, rng=rng)
-    tokenizer = make_tokenizer()
-    tokenizer.save_pretrained(model)
-    config = Qwen3Config(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=4, head_dim=32, max_position_embeddings=2048, tie_word_embeddings=True,
-    )  # fmt: skip
-    config.save_pretrained(model)
+    options.folder.mkdir(parents=True, exist_ok=True)
+    write_records(options.folder / "train.jsonl", (record(rng, False) for _ in range(options.records)))
+    write_records(options.folder / "eval.jsonl", (record(rng, True) for _ in range(200)))
+    write_model(options.folder / "model")
     print(f"{options.records} conversations, tokenizer and config in {options.folder}")
 
 

@@ -1,228 +1,51 @@
-"""Backends: lowerings of the packed layout to what a Hugging Face model can run.
+"""The table of backends: lowerings of the packed layout to what a Hugging Face model can run.
 
-Shapes: T tokens of the packed row, H query heads, K key-value heads (H divisible by K), E head width.
-
-A backend does two things: ``install`` prepares the model once, ``inputs`` turns the layout of one micro-batch into keywords
-of the model's forward. ``dense`` writes the rule out as a mask, which is right wherever a model honours 4-D masks; ``segment``
-cuts the row at the document borders, so that the cost is the area of the rule and the fast causal kernels apply.
+| name    | made from the layout                                              | where                              |
+|---------|-------------------------------------------------------------------|------------------------------------|
+| dense   | a mask [1, 1, T, T] for the model's own attention; the reference  | everywhere                         |
+| segment | SDPA per document, and per group of blocks in noisy streams       | everywhere                         |
+| flex    | FlexAttention over lists of tiles                                 | CUDA; forward passes on a CPU      |
+| magi    | ranges of queries and keys for MagiAttention                      | Hopper GPUs and newer, no windows  |
 """
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from hf_sft.attention.dense import Dense
+from hf_sft.attention.flex import Flex
+from hf_sft.attention.magi import Magi
+from hf_sft.attention.protocol import Backend, layer_windows, restore_attention
+from hf_sft.attention.segment import Segment, segment_attention
+from hf_sft.checks import FLASH_REFUSED
 
-import torch
-from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.masking_utils import sdpa_mask
+__all__ = [
+    "BACKENDS",
+    "BACKEND_NAMES",
+    "Backend",
+    "Segment",
+    "backend_named",
+    "layer_windows",
+    "restore_attention",
+    "segment_attention",
+]
 
-from hf_sft.attention.layout import Group, Layout, causal_mask
-
-# transformers treats names that contain sdpa, flash or flex_attention specially: this one must not.
-SEGMENT_NAME = "hf_sft_segment"
-LAYOUT_KEY = "hf_sft_layout"
-
-
-class Backend(Protocol):
-    """What the trainer and the self-check need of a backend."""
-
-    name: str
-
-    def install(self, model: PreTrainedModel) -> None:
-        """Prepare ``model`` (without PEFT or engine wrappers) for packed rows. Raises ValueError if it cannot be."""
-
-    def inputs(self, model: PreTrainedModel, layout: Layout) -> dict[str, Any]:
-        """Keywords of the model's forward that carry the layout."""
-
-
-class Dense:
-    """The rule as a 4-D mask [1, 1, T, T] per kind of layer, through the model's own attention."""
-
-    name = "dense"
-
-    def install(self, model: PreTrainedModel) -> None:
-        own = model.config._attn_implementation
-        if own not in ("sdpa", "eager"):
-            raise ValueError(
-                f"the dense backend writes masks for the attention implementations sdpa and eager, and the model uses {own!r}; "
-                "load it with attn_implementation='sdpa', or choose attention_backend segment"
-            )
-
-    def inputs(self, model: PreTrainedModel, layout: Layout) -> dict[str, Any]:
-        additive = model.config._attn_implementation == "eager"
-        windows = layer_windows(model.config)
-        masks = {kind: _as_mask(layout.allowed(window), additive, model.dtype) for kind, window in windows.items()}
-        return {"attention_mask": masks if len(masks) > 1 else next(iter(masks.values()))}
-
-
-class Segment:
-    """Scaled dot-product attention per document, through ``AttentionInterface``."""
-
-    name = "segment"
-
-    def install(self, model: PreTrainedModel) -> None:
-        AttentionInterface.register(SEGMENT_NAME, segment_attention)
-        # Calls without a layout (generation in a callback, say) get ordinary masks and run like sdpa.
-        AttentionMaskInterface.register(SEGMENT_NAME, sdpa_mask)
-        layer_windows(model.config)  # kinds of layers that take their window from the mask would lose it
-        if model.config._attn_implementation != SEGMENT_NAME:
-            model._hf_sft_own_attention = model.config._attn_implementation  # type: ignore[assignment]
-        model.set_attn_implementation(SEGMENT_NAME)
-
-    def inputs(self, model: PreTrainedModel, layout: Layout) -> dict[str, Any]:
-        # A 4-D mask is handed through as it is, so that no T x T mask is built. It forbids everything: a model that drops
-        # the layout on the way cannot pass the self-check with it.
-        closed = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=layout.doc.device)
-        return {"attention_mask": closed, LAYOUT_KEY: layout}
-
-
+# What trains on every machine, and what needs a device or a package of its own.
 BACKENDS: dict[str, Backend] = {"dense": Dense(), "segment": Segment()}
+_ELSEWHERE: dict[str, Backend] = {"flex": Flex(), "magi": Magi()}
+BACKEND_NAMES = (*BACKENDS, "flash", *_ELSEWHERE)
 
 
-def restore_attention(model: PreTrainedModel) -> str:
-    """Put the attention back that the model had before a backend was installed; returns its name."""
-    if model.config._attn_implementation == SEGMENT_NAME:
-        model.set_attn_implementation(str(model._hf_sft_own_attention))
-    return model.config._attn_implementation
-
-
-def layer_windows(config: Any) -> dict[str, int | None]:
-    """The sliding window of each kind of layer (None: sees the whole document).
-
-    Models with one kind of layer have one entry; those with several (Gemma 2 and 3, Qwen with ``use_sliding_window``) have the
-    names that their ``layer_types`` use, which are also the keys of the mask dictionary that their forward takes.
+def backend_named(name: str, *, wedlm: bool = False) -> Backend:
+    """The backend called ``name``, for causal layouts or for WeDLM's.
 
     Raises:
-        ValueError: for kinds of layers whose rule is not known here, such as chunked attention.
+        ValueError: an unknown name; ``flash``, which cannot say WeDLM's rule and has no causal lowering yet.
     """
-    config = config.get_text_config()
-    window = getattr(config, "sliding_window", None)
-    kinds = sorted(set(getattr(config, "layer_types", None) or []))
-    if not kinds:
-        return {"full_attention": window}
-    if unknown := [kind for kind in kinds if kind not in ("full_attention", "sliding_attention")]:
-        raise ValueError(f"layers of type {', '.join(unknown)} follow a rule that packed attention does not know")
-    return {kind: window if kind == "sliding_attention" else None for kind in kinds}
-
-
-def segment_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """Attention within each document of a packed row.
-
-    Args:
-        query: [1, H, T, E]; key, value: [1, K, T, E].
-        attention_mask: used only without a layout: bool, True where a key may be seen.
-        scaling: factor on the scores; ``1 / sqrt(E)`` by default.
-        sliding_window: the layer's own window in tokens.
-        softcap: scores become ``softcap * tanh(scores / softcap)`` (Gemma 2).
-        s_aux: [H] attention sinks: one more score per head that takes probability and adds no value (gpt-oss).
-
-    Returns:
-        [1, T, H, E] and None.
-    """
-    shared = query.shape[1] // key.shape[1]
-    if shared > 1:
-        key, value = key.repeat_interleave(shared, dim=1), value.repeat_interleave(shared, dim=1)
-    rules: dict[str, Any] = {"scaling": scaling, "dropout": dropout, "softcap": softcap, "s_aux": s_aux}
-    layout: Layout | None = kwargs.get(LAYOUT_KEY)
-    if layout is None:
-        causal = attention_mask is None and query.shape[2] > 1
-        return _attend(query, key, value, attention_mask, causal, **rules).transpose(1, 2).contiguous(), None
-    # split, not slices: its backward is one concatenation instead of a full-length gradient per document.
-    documents = zip(*(stream.split(layout.doc_lengths, dim=2) for stream in (query, key, value)), strict=True)
-    outputs = []
-    if layout.pieces is None:
-        for q, k, v in documents:
-            outputs.append(_attend_causal(q, k, v, sliding_window, rules))
-    else:
-        start = 0
-        for (q, k, v), (length, groups) in zip(documents, layout.pieces, strict=True):
-            outputs += _attend_dual(q, k, v, length, groups, layout, start, sliding_window, rules)
-            start += q.shape[2]
-    return torch.cat([output.transpose(1, 2) for output in outputs], dim=1), None
-
-
-def _attend_causal(q: Tensor, k: Tensor, v: Tensor, window: int | None, rules: dict[str, Any]) -> Tensor:
-    """One clean stream; the mask is written out only where a sliding window ends before the document does."""
-    beyond = window is not None and q.shape[2] > window
-    mask = causal_mask(q.shape[2], window, q.device) if beyond else None
-    return _attend(q, k, v, mask, mask is None, **rules)
-
-
-def _attend_dual(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    clean: int,
-    groups: list[Group],
-    layout: Layout,
-    start: int,
-    window: int | None,
-    rules: dict[str, Any],
-) -> list[Tensor]:
-    """A document's clean stream, and its noisy stream group by group: each sees the clean tokens up to its largest anchor and
-    itself, so that the cost is near the area of the rule. ``start`` is the document's first row."""
-    sizes = [clean, *(group.length for group in groups)]
-    (q0, *q_groups), (k0, *k_groups), (v0, *v_groups) = (stream.split(sizes, dim=2) for stream in (q, k, v))
-    outputs = [_attend_causal(q0, k0, v0, window, rules)]
-    row = start + clean
-    for group, q_n, k_n, v_n in zip(groups, q_groups, k_groups, v_groups, strict=True):
-        mask = layout.group_mask(start, row, group, window)
-        keys, values = (
-            torch.cat([k0[:, :, : group.clean], k_n], dim=2),
-            torch.cat([v0[:, :, : group.clean], v_n], dim=2),
+    if name == "flash" and wedlm:
+        raise ValueError(FLASH_REFUSED)
+    found = (BACKENDS | _ELSEWHERE).get(name)
+    if found is None:
+        why = "not available in this version" if name == "flash" else "unknown"
+        raise ValueError(
+            f"attention_backend {name!r} is {why}; choose auto or one of {', '.join(BACKENDS | _ELSEWHERE)}"
         )
-        outputs.append(_attend(q_n, keys, values, mask, False, **rules))
-        row += group.length
-    return outputs
-
-
-def _attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    causal: bool,
-    *,
-    scaling: float | None,
-    dropout: float,
-    softcap: float | None,
-    s_aux: Tensor | None,
-) -> Tensor:
-    """One block of attention; [B, H, Q, E]. Soft caps and sinks are beyond the fused kernels and are written out."""
-    if softcap is None and s_aux is None:
-        return scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scaling)
-    scores = torch.matmul(q, k.transpose(2, 3)) * (q.shape[-1] ** -0.5 if scaling is None else scaling)
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    if causal:
-        mask = causal_mask(q.shape[2], None, q.device)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    if s_aux is not None:
-        sinks = s_aux.reshape(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[2], 1).to(scores.dtype)
-        scores = torch.cat([scores, sinks], dim=-1)
-    probabilities = torch.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(q.dtype)
-    if s_aux is not None:
-        probabilities = probabilities[..., :-1]
-    return torch.matmul(nn.functional.dropout(probabilities, p=dropout), v)
-
-
-def _as_mask(allowed: Tensor, additive: bool, dtype: torch.dtype) -> Tensor:
-    """[T, T] bool to [1, 1, T, T]: bool for SDPA; for eager attention, which adds its mask, 0 or the type's minimum."""
-    allowed = allowed[None, None]
-    if not additive:
-        return allowed
-    return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(~allowed, torch.finfo(dtype).min)
+    return found

@@ -29,17 +29,22 @@ One document of 4 tokens in blocks of 2 for WeDLM, clean stream and elided noisy
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+Made = TypeVar("Made")
+
 
 class Group(NamedTuple):
     """Consecutive blocks of a document's noisy stream that a backend handles together.
+
+    Anchors rise from block to block, and a block's tokens are those from its anchor to its end: the previous group's ``clean``
+    is a lower bound of this group's anchors and positions, ``clean + length`` an upper one.
 
     Attributes:
         length: tokens of the group.
@@ -104,22 +109,28 @@ class Layout:
 
         The document begins at row ``start``, the group at ``row``. The mask is kept: every layer asks for it again.
         """
-        found = self._masks.get((row, window))
-        if found is None:
-            assert self.block is not None and self.limit is not None, "groups belong to noisy streams"
-            own = slice(row, row + group.length)
-            block, order = self.block[own], torch.arange(group.length, device=self.pos.device)
-            clean = self.pos[start : start + group.clean][None, :] < self.limit[own][:, None]
-            noisy = (block[:, None] == block[None, :]) & (order[None, :] <= order[:, None])
-            found = torch.cat([clean, noisy], dim=1)
-            if window is not None:
-                keys = torch.cat([self.pos[start : start + group.clean], self.pos[own]])
-                found &= self.pos[own][:, None] - keys[None, :] < window
-            self._masks[row, window] = found
-        return found
+        return self.kept(("group", row, window), lambda: self._group_mask(start, row, group, window))
+
+    def _group_mask(self, start: int, row: int, group: Group, window: int | None) -> Tensor:
+        assert self.block is not None and self.limit is not None, "groups belong to noisy streams"
+        own = slice(row, row + group.length)
+        block, order = self.block[own], torch.arange(group.length, device=self.pos.device)
+        clean = self.pos[start : start + group.clean][None, :] < self.limit[own][:, None]
+        noisy = (block[:, None] == block[None, :]) & (order[None, :] <= order[:, None])
+        mask = torch.cat([clean, noisy], dim=1)
+        if window is not None:
+            keys = torch.cat([self.pos[start : start + group.clean], self.pos[own]])
+            mask &= self.pos[own][:, None] - keys[None, :] < window
+        return mask
+
+    def kept(self, key: Hashable, make: Callable[[], Made]) -> Made:
+        """``make()``, called once per layout and ``key``: every layer of a forward asks for the same things again."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
 
     @cached_property
-    def _masks(self) -> dict[tuple[int, int | None], Tensor]:
+    def _made(self) -> dict[Hashable, Any]:
         return {}
 
 

@@ -1,28 +1,32 @@
 """Which architectures honour a packed layout is measured, not looked up.
 
 Two short documents, packed on a backend, must give the logits that they give apart on the model's own attention; and changing the
-first must not change the second. Recurrent layers, dropped keywords and ignored masks all fail one of the two.
+first must not change the second. Recurrent layers, dropped keywords and ignored masks all fail one of the two. For WeDLM the mask
+slots of the packed noisy streams must also have the logits of one causal pass over [prefix; observed; masks], block by block.
 """
 
 from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, NamedTuple, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_sft.attention.backends import BACKENDS, Backend, restore_attention
+from hf_sft.attention.backends import Backend, backend_named, layer_windows, restore_attention
 from hf_sft.attention.layout import Layout
 from hf_sft.models.wrappers import base_model, evaluating
+from hf_sft.streams import NoisyStream, group_blocks, noisy_stream
 
 logger = logging.getLogger(__name__)
 
 PADDED = "padded"
 # Lengths of the two documents: unequal, and longer than a small sliding window.
 _LENGTHS = [24, 17]
+_BLOCK = 5  # tokens per block of the noisy streams that WeDLM's check packs
 # Largest difference as a share of the logits' spread (max - min). Between layouts bf16 alone makes about 1.2e-2.
 _SAME = {torch.float32: 1e-4, torch.float64: 1e-4}
 _SAME_LOW_PRECISION = 5e-2
@@ -53,40 +57,54 @@ class Choice:
         return PADDED if self.backend is None else self.backend.name
 
 
-def choose_layout(model: nn.Module, requested: str = "auto", packing: bool | None = None) -> Choice:
+def choose_layout(
+    model: nn.Module, requested: str = "auto", packing: bool | None = None, mask_token_id: int | None = None
+) -> Choice:
     """Measure the backends in turn, install the first that is right, and say which.
 
     Args:
         model: the model to train, bare or with PEFT, on the device where it is to run.
         requested: ``auto`` or the name of a backend.
         packing: True: packed or an error; False: padded batches; None: packed if the model can be.
+        mask_token_id: of WeDLM, whose two streams are checked as well and which is never padded; None for other objectives.
 
     Raises:
         ValueError: if what was asked for by name is unknown or fails.
     """
-    if requested != "auto" and requested not in BACKENDS:
-        raise ValueError(
-            f"attention_backend {requested!r} is not available; choose auto or one of {', '.join(BACKENDS)}"
-        )
     base = base_model(model)
+    wedlm = mask_token_id is not None
+    if requested != "auto":
+        backend_named(requested, wedlm=wedlm)  # an unknown name, or one that cannot be
     restore_attention(base)
     if base.config._attn_implementation == "sdpa" and getattr(
         base.config.get_text_config(), "attn_logit_softcapping", None
     ):
         base.set_attn_implementation("eager")  # transformers before 5.21 drops the soft cap under sdpa without a word
+    if packing is False and wedlm:
+        raise ValueError(
+            "packing is false and objective is wedlm: its two streams need a packed layout; leave packing out"
+        )
     if packing is False:
         if requested != "auto":
             raise ValueError(
                 f"attention_backend {requested!r} packs documents, and packing is false: leave out one of the two"
             )
         return Choice(None, "packing is false")
+    if wedlm:
+        _require_rotary_positions(base)
     verdicts: list[Verdict] = []
-    for name in ("segment", "dense") if requested == "auto" else (requested,):
-        verdict = check_backend(model, BACKENDS[name])
+    for name in _candidates(base, wedlm) if requested == "auto" else (requested,):
+        verdict = check_backend(model, backend_named(name, wedlm=wedlm), mask_token_id)
         if verdict.passed:
-            return Choice(BACKENDS[name], "; ".join([*(f"{v.backend}: {v.reason}" for v in verdicts), verdict.reason]))
+            reasons = "; ".join([*(f"{v.backend}: {v.reason}" for v in verdicts), verdict.reason])
+            return Choice(backend_named(name, wedlm=wedlm), reasons)
         verdicts.append(verdict)
     reasons = "; ".join(f"{v.backend}: {v.reason}" for v in verdicts)
+    if wedlm:
+        raise ValueError(
+            f"objective is wedlm, and the two streams of a document come out wrong on {type(base).__name__} ({reasons}); "
+            "train it with objective causal, or take a model of the Llama or Qwen kind"
+        )
     if requested != "auto" or packing:
         what = f"attention_backend {requested!r}" if requested != "auto" else "packing"
         raise ValueError(
@@ -97,32 +115,50 @@ def choose_layout(model: nn.Module, requested: str = "auto", packing: bool | Non
     return Choice(None, reasons)
 
 
-def check_backend(model: nn.Module, backend: Backend) -> Verdict:
+def _candidates(base: PreTrainedModel, wedlm: bool) -> tuple[str, ...]:
+    """What ``auto`` tries, in this order. Flex attention has a backward on CUDA alone."""
+    return ("flex", "segment", "dense") if wedlm and base.device.type == "cuda" else ("segment", "dense")
+
+
+def _require_rotary_positions(base: PreTrainedModel) -> None:
+    """Mask slots stand apart from their logical positions: the model must take positions as they are given."""
+    if not any("rotary" in type(module).__name__.lower() for module in base.modules()):
+        raise ValueError(
+            f"objective is wedlm, and {type(base).__name__} has no rotary positions: tokens of the noisy stream keep their "
+            "logical positions out of order, which other position codes cannot say; use objective causal, or a model with RoPE"
+        )
+
+
+def check_backend(model: nn.Module, backend: Backend, mask_token_id: int | None = None) -> Verdict:
     """Measure one backend on ``model``; on success it stays installed, else the model's own attention is put back."""
     base = base_model(model)
     own = restore_attention(base)
-    verdict = _measure(model, base, backend)
+    with evaluating(model), torch.no_grad():
+        verdict = _measure(model, base, backend, mask_token_id)
     if not verdict.passed:
         base.set_attn_implementation(own)
     return verdict
 
 
-@torch.no_grad()
-def _measure(model: nn.Module, base: PreTrainedModel, backend: Backend) -> Verdict:
+def _measure(model: nn.Module, base: PreTrainedModel, backend: Backend, mask_token_id: int | None) -> Verdict:
     embedding = cast(nn.Embedding, base.get_input_embeddings()).weight
     device, vocabulary = embedding.device, embedding.shape[0]
     generator = torch.Generator().manual_seed(0)
     first, other, second = (
         torch.randint(vocabulary, (length,), generator=generator).to(device) for length in (_LENGTHS[0], *_LENGTHS)
     )
-    with evaluating(model):
-        apart = torch.cat([model(input_ids=ids[None], use_cache=False).logits[0] for ids in (first, second)])
-        try:
-            backend.install(base)
-            packed = _packed_logits(model, backend, [first, second])
-            changed = _packed_logits(model, backend, [other, second])
-        except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
-            return Verdict(backend.name, False, f"the forward fails ({error})")
+    apart = torch.cat([model(input_ids=ids[None], use_cache=False).logits[0] for ids in (first, second)])
+    try:
+        noisy = (
+            [] if mask_token_id is None else [_noisy(ids, mask_token_id, n) for n, ids in enumerate((first, second))]
+        )
+        slots_apart = [logits for streams in noisy for logits in _slots_one_pass(model, base, streams)]
+        backend.install(base)
+        packed = _packed_logits(model, backend, [first, second])
+        changed = _packed_logits(model, backend, [other, second])
+        slots = _slots_packed(model, backend, noisy) if noisy else packed[:0]
+    except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
+        return Verdict(backend.name, False, f"the forward fails ({error})")
     spread = (apart.max() - apart.min()).item()
     same = _SAME.get(base.dtype, _SAME_LOW_PRECISION)
     leak_limit = _LEAK.get(base.dtype, _LEAK_LOW_PRECISION)
@@ -133,7 +169,12 @@ def _measure(model: nn.Module, base: PreTrainedModel, backend: Backend) -> Verdi
         return Verdict(
             backend.name, False, f"documents see each other: {leak:.1e} of the spread (limit {leak_limit:.0e})"
         )
-    return Verdict(backend.name, difference <= same, measured)
+    if not noisy or not difference <= same:
+        return Verdict(backend.name, difference <= same, measured)
+    difference = (slots - torch.cat(slots_apart)).abs().max().item() / spread
+    return Verdict(
+        backend.name, difference <= same, f"{measured}, mask slots packed and in one causal pass by {difference:.1e}"
+    )
 
 
 def _packed_logits(model: nn.Module, backend: Backend, documents: list[Tensor]) -> Tensor:
@@ -141,6 +182,70 @@ def _packed_logits(model: nn.Module, backend: Backend, documents: list[Tensor]) 
     device = documents[0].device
     doc = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(device)
     pos = torch.cat([torch.arange(length) for length in lengths]).to(device)
-    inputs = backend.inputs(base_model(model), Layout(doc, pos, lengths))
-    packed = torch.cat(documents)[None]
-    return model(input_ids=packed, position_ids=pos[None], use_cache=False, **inputs).logits[0]
+    return _logits(model, backend, torch.cat(documents), Layout(doc, pos, lengths))
+
+
+def _logits(model: nn.Module, backend: Backend, ids: Tensor, layout: Layout) -> Tensor:
+    inputs = backend.inputs(base_model(model), layout)
+    return model(input_ids=ids[None], position_ids=layout.pos[None], use_cache=False, **inputs).logits[0]
+
+
+# ---- WeDLM: the mask slots of packed noisy streams against one causal pass ----
+
+
+class _Streams(NamedTuple):
+    """A document and its noisy stream: ``clean`` [L] and ``noisy`` [S] token ids, ``stream`` their order."""
+
+    clean: Tensor
+    noisy: Tensor
+    stream: NoisyStream
+
+
+def _noisy(clean: Tensor, mask_token_id: int, seed: int) -> _Streams:
+    """Half of the tokens masked, the first block left whole: some blocks have observed tokens behind a slot."""
+    masked = np.random.default_rng(seed).random(len(clean)) < 0.5
+    masked[:_BLOCK], masked[-1] = False, True
+    stream = noisy_stream(masked, _BLOCK)
+    noisy = clean[torch.from_numpy(stream.pos).to(clean.device)].clone()
+    noisy[torch.from_numpy(stream.slot).to(clean.device)] = mask_token_id
+    return _Streams(clean, noisy, stream)
+
+
+def _slots_one_pass(model: nn.Module, base: PreTrainedModel, streams: _Streams) -> list[Tensor]:
+    """Logits of the slots of each block: one causal pass over the clean tokens before its anchor and the block, on the model's
+    own attention. Windows count logical positions, so a model that has one is given the rule as a mask."""
+    found = []
+    stream, device = streams.stream, streams.clean.device
+    for block in np.unique(stream.block):
+        own = stream.block == block
+        anchor = int(stream.anchor[own][0])
+        rows = torch.from_numpy(own).to(device)
+        ids = torch.cat([streams.clean[:anchor], streams.noisy[rows]])
+        pos = torch.cat([torch.arange(anchor), torch.from_numpy(stream.pos[own])]).to(device)
+        if any(layer_windows(base.config).values()):
+            layout = Layout(torch.zeros_like(pos), pos, [len(ids)])
+            logits = _logits(model, backend_named("dense"), ids, layout)
+        else:
+            ones = torch.ones(1, len(ids), dtype=torch.int64, device=device)
+            logits = model(input_ids=ids[None], position_ids=pos[None], attention_mask=ones, use_cache=False).logits[0]
+        found.append(logits[anchor:][torch.from_numpy(stream.slot[own]).to(device)])
+    return found
+
+
+def _slots_packed(model: nn.Module, backend: Backend, documents: list[_Streams]) -> Tensor:
+    """Logits of all slots, both documents and their noisy streams in one row."""
+    device = documents[0].clean.device
+    columns: dict[str, list[Any]] = {"doc": [], "pos": [], "block": [], "limit": [], "slot": []}
+    for number, (clean, _, stream) in enumerate(documents):
+        length = len(clean)
+        columns["doc"].append(np.full(length + len(stream.pos), number))
+        columns["pos"] += [np.arange(length), stream.pos]
+        columns["block"] += [np.full(length, -1), stream.block]
+        columns["limit"] += [np.arange(length) + 1, stream.anchor]
+        columns["slot"] += [np.zeros(length, dtype=bool), stream.slot]
+    row = {key: torch.from_numpy(np.concatenate(parts)).to(device) for key, parts in columns.items()}
+    pieces = [(len(clean), group_blocks(stream)) for clean, _, stream in documents]
+    lengths = [len(clean) + len(noisy) for clean, noisy, _ in documents]
+    ids = torch.cat([part for clean, noisy, _ in documents for part in (clean, noisy)])
+    layout = Layout(row["doc"], row["pos"], lengths, row["block"], row["limit"], pieces)
+    return _logits(model, backend, ids, layout)[row["slot"]]

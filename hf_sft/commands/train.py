@@ -37,7 +37,7 @@ def run(arguments: Any) -> int:
     from hf_sft.models.adapters import summary
     from hf_sft.models.loading import load_model, load_tokenizer
     from hf_sft.models.vocabulary import added_token_ids
-    from hf_sft.tasks import build_trainer, packing_of
+    from hf_sft.tasks import build_trainer, objective_of, packing_of
 
     record = _record(arguments)
     training, data = arguments.training, arguments.data
@@ -47,11 +47,14 @@ def run(arguments: Any) -> int:
     set_seed(training.seed)
 
     tokenizer = load_tokenizer(arguments.model)
-    tokenizer.chat_template = resolve_template(tokenizer, data.chat_template)
-    prepared = {"train": prepare_dataset(data.train_file, tokenizer, data=data, split="train")}
+    if data.task_type != "pretrain":
+        tokenizer.chat_template = resolve_template(tokenizer, data.chat_template)
+    objective = objective_of(arguments, tokenizer)
+    prepared = {"train": prepare_dataset(data.train_file, tokenizer, data=data, split="train", rules=objective.rules)}
     if data.eval_file is not None:
-        prepared["eval"] = prepare_dataset(data.eval_file, tokenizer, data=data, split="eval")
-    model = load_model(arguments.model, arguments.lora, tokenizer=tokenizer, training=training)
+        prepared["eval"] = prepare_dataset(data.eval_file, tokenizer, data=data, split="eval", rules=objective.rules)
+    read_only = [objective.mask_token_id] if objective.mask_token_id is not None else []
+    model = load_model(arguments.model, arguments.lora, tokenizer=tokenizer, training=training, input_rows=read_only)
     logger.info(summary(model))
 
     with _no_empty_folder(training.output_dir):
@@ -166,7 +169,11 @@ def _record(arguments: Any) -> dict[str, Any]:
             * training.gradient_accumulation_steps,
         },
     }
-    return groups if arguments.model.train_mode == "full" else {**groups, "adapter": asdict(arguments.lora)}
+    if arguments.model.train_mode != "full":
+        groups["adapter"] = asdict(arguments.lora)
+    if arguments.data.objective == "wedlm":
+        groups["wedlm"] = asdict(arguments.wedlm)
+    return groups
 
 
 def _resolved(arguments: Any, trainer: Any) -> dict[str, Any]:
@@ -174,12 +181,14 @@ def _resolved(arguments: Any, trainer: Any) -> dict[str, Any]:
     from hf_sft.checkpoints import RESOLVED
     from hf_sft.models.loading import quantization_kind
 
+    token = trainer.objective.mask_token_id
     return {
         RESOLVED: {
             "attention_backend": trainer.layout.name,
             "packing": trainer.layout.backend is not None,
             "dtype": str(trainer.model.config.dtype).removeprefix("torch."),
             "quantization": quantization_kind(arguments.model),
+            **({} if token is None else {"mask_token_id": token}),
             "processes": trainer.args.world_size,
             "last_step": last_step(trainer),
         }

@@ -43,6 +43,7 @@ class Piece(NamedTuple):
     learned: slice
     written: bool = False  # by the model: it continues a prompt
     ends: bool = False  # begins with the token that ends a turn
+    closes: bool = False  # behind a learned turn that ends the conversation
 
 
 class TokenRow(TypedDict):
@@ -114,27 +115,33 @@ class ChatEncoder:
         tokenizer: a fast tokenizer.
         chat_template: Jinja text; the tokenizer's own by default.
         chat_template_kwargs: variables for the template; those of a conversation win.
+        end_tail: end-of-turn tokens that are learned behind the one of a conversation's last turn, in place of what the
+            template writes there. Nothing is added where everything is learned (``train_on`` all).
 
     Raises:
         ValueError: a slow tokenizer, or no template.
     """
 
     def __init__(
-        self, tokenizer: Any, chat_template: str | None = None, chat_template_kwargs: dict[str, Any] | None = None
+        self,
+        tokenizer: Any,
+        chat_template: str | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+        *,
+        end_tail: int = 0,
     ) -> None:
         self.tokenizer = tokenizer
+        self.end_tail = end_tail
         self.backend = fast_backend(tokenizer)
         self.template = chat_template or resolve_template(tokenizer, None)
         self.template_kwargs = chat_template_kwargs or {}
         special = special_tokens(tokenizer)
         added = special | {token.content for token in tokenizer.added_tokens_decoder.values() if token.content.strip()}
-        self.special = _any_of(special)
-        # What the template writes itself, and bos, eos and their like, stay forbidden in texts: a turn could end inside one.
-        structure = {str(token) for token in tokenizer.special_tokens_map.values() if isinstance(token, str)}
-        wanted = set(getattr(tokenizer, WANTED_TOKENS, ())) - structure
-        self.wanted = sorted(token for token in wanted if token not in self.template)
-        self.forbidden = _any_of(special - set(self.wanted))
-        border = re.compile(_any_of(added).pattern + r"|\s")
+        self.special = any_of(special)
+        forbidden = forbidden_tokens(tokenizer, self.template)
+        self.wanted = sorted(special - forbidden)
+        self.forbidden = any_of(forbidden)
+        border = re.compile(any_of(added).pattern + r"|\s")
         self.finder = SpanFinder(Markers(self.special, border, template_tags(self.template)))
         self.special_ids = set(tokenizer.convert_tokens_to_ids(sorted(special)))
         self._adds_prefix = any(self._begins_otherwise(probe) for probe in ("a", " a", "1"))
@@ -181,7 +188,8 @@ class ChatEncoder:
             pieces.append(Piece(text[position : span.start], learned, ends=bool(pieces)))
             pieces.append(Piece(text[span.start : span.end], inside, written=True))
             position, learned = span.end, after
-        return [*pieces, Piece(text[position:], learned, ends=True)]
+        closes = train_on != "all" and turns[-1] == len(messages) - 1
+        return [*pieces, Piece(text[position:], learned, ends=True, closes=closes)]
 
     def _render(
         self, messages: list[dict[str, Any]], tools: list[Any] | None, kwargs: dict[str, Any], prompt: bool
@@ -210,13 +218,7 @@ class ChatEncoder:
         if conversation.tools:
             texts.append(str(conversation.tools))
         for text in texts:
-            found = self.forbidden.search(text)
-            if found:
-                around = text[max(0, found.start() - 20) : found.end() + 20]
-                raise EncodingError(
-                    f"a text holds {found[0]!r} (...{around!r}...), which the tokenizer reads as a special token; "
-                    "remove it from the data, or name it in new_special_tokens if the template does not use it"
-                )
+            refuse_special(text, self.forbidden)
 
     def _encode_pieces(self, pieces: Iterable[Piece]) -> dict[tuple[str, bool], list[int] | EncodingError]:
         """Token ids of each distinct text, by (text, whether it continues a text)."""
@@ -257,6 +259,8 @@ class ChatEncoder:
                 )
             labels = [IGNORE] * len(tokens)
             labels[piece.learned] = tokens[piece.learned]
+            if piece.closes and self.end_tail:
+                tokens = labels = tokens[:1] * (1 + self.end_tail)
             row["input_ids"] += tokens
             row["labels"] += labels
         return row
@@ -299,6 +303,25 @@ def fast_backend(tokenizer: Any) -> Any:
     return backend
 
 
-def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
+def forbidden_tokens(tokenizer: Any, template: str = "") -> set[str]:
+    """Special tokens that texts must not hold: all but those that the user has added and the template does not write."""
+    # bos, eos and their like stay forbidden as well: a turn could end inside a text.
+    structure = {str(token) for token in tokenizer.special_tokens_map.values() if isinstance(token, str)}
+    wanted = set(getattr(tokenizer, WANTED_TOKENS, ())) - structure
+    return special_tokens(tokenizer) - {token for token in wanted if token not in template}
+
+
+def refuse_special(text: str, forbidden: re.Pattern[str]) -> None:
+    """A special token written as text would be read as that token; raise EncodingError with its place."""
+    found = forbidden.search(text)
+    if found:
+        around = text[max(0, found.start() - 20) : found.end() + 20]
+        raise EncodingError(
+            f"a text holds {found[0]!r} (...{around!r}...), which the tokenizer reads as a special token; "
+            "remove it from the data, or name it in new_special_tokens if the template does not use it"
+        )
+
+
+def any_of(texts: Iterable[str]) -> re.Pattern[str]:
     """Matches any of the texts, the longest first; nothing at all if there are none."""
     return re.compile("|".join(map(re.escape, sorted(texts, key=lambda text: (-len(text), text)))) or r"(?!)")

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -41,13 +41,37 @@ from hf_sft.data.formats import (
     to_conversation,
 )
 from hf_sft.data.templates import resolve_template
-from hf_sft.data.tokenize import RowCounts, check_token_row, is_token_row
+from hf_sft.data.texts import TextEncoder, read_texts, to_text
+from hf_sft.data.tokenize import Overlength, RowCounts, check_token_row, cut_tail, is_token_row
 
 logger = logging.getLogger(__name__)
 
 _CHUNK = 1000  # records in memory at once
 _SCHEMA = pa.schema([("input_ids", pa.list_(pa.int32())), ("labels", pa.list_(pa.int32()))])
 _PREPARED = "token rows prepared by hf_sft"
+
+
+@dataclass(frozen=True)
+class RowRules:
+    """What an objective asks of token rows.
+
+    Args:
+        end_tail: end-of-turn tokens that are learned behind a conversation's last answer; see ``ChatEncoder``.
+        mask_token_id: no row may hold it.
+    """
+
+    end_tail: int = 0
+    mask_token_id: int | None = None
+
+    def apply(self, row: TokenRow | ValueError, max_length: int) -> TokenRow | ValueError:
+        """The row as the objective wants it, or what is wrong with it; a tail never makes a row too long."""
+        if isinstance(row, ValueError):
+            return row
+        if self.mask_token_id in row["input_ids"]:
+            return EncodingError(
+                f"it holds the mask token {self.mask_token_id}; take it out of the text, or choose another mask_token"
+            )
+        return cut_tail(row, max_length, self.end_tail) if self.end_tail else row
 
 
 @dataclass(frozen=True)
@@ -63,31 +87,34 @@ class PreparedData:
     report: dict[str, Any]
 
 
-def prepare_dataset(path: str | Path, tokenizer: Any, *, data: DataArguments, split: str = "train") -> PreparedData:
+def prepare_dataset(
+    path: str | Path, tokenizer: Any, *, data: DataArguments, split: str = "train", rules: RowRules = RowRules()
+) -> PreparedData:
     """Token rows of a data file, from the cache if nothing that they depend on has changed.
 
     The process with LOCAL_RANK 0 prepares, the others of the machine wait for its folder.
 
     Args:
-        path: JSON lines or a JSON array.
+        path: JSON lines or a JSON array; under ``task_type: pretrain`` also a text file.
         tokenizer: a fast tokenizer.
         split: ``train`` or ``eval``: whether ``max_train_samples`` or ``max_eval_samples`` counts.
+        rules: what the objective asks of token rows.
 
     Raises:
         ValueError: the file, a record (with ``bad_records: error``) or the template is wrong, or no row is left.
     """
     path = check_file(path)
-    encoder = _encoder(tokenizer, data)
+    encoder = _encoder(tokenizer, data, rules)
     limit = data.max_train_samples if split == "train" else data.max_eval_samples
-    folder = Path(data.data_cache_dir or default_cache_dir()).expanduser() / _key(path, encoder, data, limit)
+    folder = Path(data.data_cache_dir or default_cache_dir()).expanduser() / _key(path, encoder, data, rules, limit)
 
     def write(target: Path) -> None:
         counts = RowCounts(str(path))
         records = tqdm(
-            itertools.islice(read_records(path), limit), desc=f"tokenising {path.name}", unit=" rows", disable=None
+            itertools.islice(_read(path, data), limit), desc=f"tokenising {path.name}", unit=" rows", disable=None
         )
         with pa.OSFile(str(target / "rows.arrow"), "wb") as file, pa.ipc.new_stream(file, _SCHEMA) as writer:
-            for rows in _token_rows(records, counts, data, tokenizer, lambda: encoder):
+            for rows in _token_rows(records, counts, data, rules, tokenizer, lambda: encoder):
                 writer.write_batch(_batch(rows))
         _refuse_nothing(counts)
         (target / "report.json").write_text(json.dumps(counts.report(), ensure_ascii=False, indent=2), encoding="utf-8")
@@ -100,18 +127,22 @@ def prepare_dataset(path: str | Path, tokenizer: Any, *, data: DataArguments, sp
     return PreparedData(prepared.rows, {"split": split, **prepared.report})
 
 
-def rows_from_examples(examples: Any, tokenizer: Any, *, data: DataArguments) -> Dataset:
+def rows_from_examples(examples: Any, tokenizer: Any, *, data: DataArguments, rules: RowRules = RowRules()) -> Dataset:
     """Token rows of examples in memory; see :func:`prepare_examples`."""
-    return prepare_examples(examples, tokenizer, data=data).rows
+    return prepare_examples(examples, tokenizer, data=data, rules=rules).rows
 
 
-def prepare_examples(examples: Any, tokenizer: Any, *, data: DataArguments) -> PreparedData:
+def prepare_examples(
+    examples: Any, tokenizer: Any, *, data: DataArguments, rules: RowRules = RowRules()
+) -> PreparedData:
     """Token rows of a list or a ``datasets.Dataset``, without a cache.
 
     Args:
-        examples: conversations in any format that files may have; or token rows ``{"input_ids", "labels"}``, which are
-            used as they are. Rows that are too long are treated as ``data.overlength`` says in both cases.
+        examples: conversations (under ``task_type: pretrain`` texts) in any format that files may have; or token rows
+            ``{"input_ids", "labels"}``, which are used as they are. Rows that are too long are treated as
+            ``data.overlength`` says in both cases.
         tokenizer: a fast tokenizer; not used for token rows.
+        rules: what the objective asks of token rows; a tail is not added to those that are tokenised already.
 
     Raises:
         ValueError: an example is wrong (with ``bad_records: error``), or no row is left.
@@ -129,15 +160,15 @@ def prepare_examples(examples: Any, tokenizer: Any, *, data: DataArguments) -> P
             f"{type(examples).__name__} has no length; streams are not supported. Pass a list or a Dataset."
         )
     counts = RowCounts("memory")
-    encoders: list[ChatEncoder] = []
+    encoders: list[Encoder] = []
 
-    def encoder() -> ChatEncoder:  # token rows need none, and perhaps have no template
+    def encoder() -> Encoder:  # token rows need none, and perhaps have no template
         if not encoders:
-            encoders.append(_encoder(tokenizer, data))
+            encoders.append(_encoder(tokenizer, data, rules))
         return encoders[0]
 
     records = (Record(n, examples[n], "example") for n in range(len(examples)))
-    batches = [_batch(rows) for rows in _token_rows(records, counts, data, tokenizer, encoder)]
+    batches = [_batch(rows) for rows in _token_rows(records, counts, data, rules, tokenizer, encoder)]
     _refuse_nothing(counts)
     if left_out := counts.read - counts.kept:
         logger.warning("%d of %d examples are left out: %s", left_out, counts.read, _reasons(counts))
@@ -165,29 +196,47 @@ def packing_report(bins: int, capacity: int, tokens: int) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _encoder(tokenizer: Any, data: DataArguments) -> ChatEncoder:
+Encoder = ChatEncoder | TextEncoder
+
+
+def _encoder(tokenizer: Any, data: DataArguments, rules: RowRules) -> Encoder:
     if tokenizer is None:
-        raise ValueError("conversations need a tokenizer: pass it as processing_class, or give token rows")
+        raise ValueError("conversations and texts need a tokenizer: pass it as processing_class, or give token rows")
+    if data.task_type == "pretrain":
+        return TextEncoder(tokenizer)
     kwargs = data.chat_template_kwargs
     if isinstance(kwargs, str):
         try:
             kwargs = json.loads(kwargs)
         except json.JSONDecodeError as error:
             raise ValueError(f"chat_template_kwargs is no JSON ({error}): {kwargs!r}. Write a JSON object.") from None
-    return ChatEncoder(tokenizer, resolve_template(tokenizer, data.chat_template), check_template_kwargs(kwargs))
+    template = resolve_template(tokenizer, data.chat_template)
+    return ChatEncoder(tokenizer, template, check_template_kwargs(kwargs), end_tail=rules.end_tail)
 
 
-def _key(path: Path, encoder: ChatEncoder, data: DataArguments, limit: int | None) -> str:
+def _read(path: Path, data: DataArguments) -> Iterator[Record]:
+    return read_texts(path) if data.task_type == "pretrain" else read_records(path)
+
+
+def _key(path: Path, encoder: Encoder, data: DataArguments, rules: RowRules, limit: int | None) -> str:
     tokenizer = encoder.tokenizer
+    template = None
+    if isinstance(encoder, ChatEncoder):
+        template = [encoder.template, repr(encoder.template_kwargs), data.train_on]
     return cache_key(
         {
             "data": hash_files([path]),
             "name": str(path.resolve()),  # the report names the file
             "code": hash_files(sorted(Path(__file__).parent.glob("*.py"))),
             "versions": [version(name) for name in ("transformers", "tokenizers", "jinja2", "pyarrow")],
-            "tokenizer": [fast_backend(tokenizer).to_str(), repr(tokenizer.special_tokens_map), encoder.wanted],
-            "template": [encoder.template, repr(encoder.template_kwargs)],
-            "arguments": [data.max_seq_length, data.overlength, data.bad_records, data.train_on, limit],
+            "tokenizer": [
+                fast_backend(tokenizer).to_str(),
+                repr(tokenizer.special_tokens_map),
+                encoder.forbidden.pattern,
+            ],
+            "template": template,
+            "arguments": [data.task_type, data.max_seq_length, data.overlength_rule, data.bad_records, limit],
+            "rules": repr(rules),
         }
     )
 
@@ -196,8 +245,9 @@ def _token_rows(
     records: Iterable[Record],
     counts: RowCounts,
     data: DataArguments,
+    rules: RowRules,
     tokenizer: Any,
-    encoder: Callable[[], ChatEncoder],
+    encoder: Callable[[], Encoder],
 ) -> Iterator[list[TokenRow]]:
     """The rows that are kept, chunk by chunk.
 
@@ -208,21 +258,19 @@ def _token_rows(
     records = iter(records)
     while chunk := list(itertools.islice(records, _CHUNK)):
         counts.read += len(chunk)
-        kept = []
+        kept: list[TokenRow] = []
         too_long: list[str] = []
         results = _encode_chunk(chunk, encoder, data, vocabulary)
-        for record, row in zip(chunk, results, strict=True):
+        for record, result in zip(chunk, results, strict=True):
             place = f"{counts.source}, {record.unit} {record.number}"
+            row = rules.apply(result, data.max_seq_length)
             if isinstance(row, ValueError):
                 counts.add_bad(place, str(row))
                 continue
             try:
-                fitted = counts.fit(row, data.max_seq_length, data.overlength)
+                kept += counts.fit(row, data.max_seq_length, cast(Overlength, data.overlength_rule))
             except EncodingError as error:
                 too_long.append(f"{place}: {error}")
-                continue
-            if fitted is not None:
-                kept.append(fitted)
         if too_long:
             raise ValueError(_problems("documents are too long", too_long, len(too_long), counts.read))
         if counts.bad and data.bad_records == "error":
@@ -235,21 +283,28 @@ def _token_rows(
 
 
 def _encode_chunk(
-    chunk: list[Record], encoder: Callable[[], ChatEncoder], data: DataArguments, vocabulary: int | None
+    chunk: list[Record], encoder: Callable[[], Encoder], data: DataArguments, vocabulary: int | None
 ) -> list[TokenRow | ValueError]:
     """The token row of each record, or what is wrong with it."""
-    parsed = [_parse(record, vocabulary) for record in chunk]
-    conversations = [value for value in parsed if isinstance(value, Conversation)]
-    encoded = iter(encoder().encode(conversations, train_on=data.train_on) if conversations else [])
-    return [next(encoded) if isinstance(value, Conversation) else value for value in parsed]
+    parsed = [_parse(record, data, vocabulary) for record in chunk]
+    wanted = [value for value in parsed if isinstance(value, (Conversation, str))]
+    if not wanted:
+        encoded: Iterator[Any] = iter([])
+    elif isinstance(known := encoder(), TextEncoder):
+        encoded = iter(known.encode(cast(list[str], wanted)))
+    else:
+        encoded = iter(known.encode(cast(list[Conversation], wanted), train_on=data.train_on))
+    return [next(encoded) if isinstance(value, (Conversation, str)) else value for value in parsed]
 
 
-def _parse(record: Record, vocabulary: int | None) -> Conversation | TokenRow | ValueError:
+def _parse(record: Record, data: DataArguments, vocabulary: int | None) -> Conversation | str | TokenRow | ValueError:
     value = record.value
     try:
         if isinstance(value, BadRecord):
             return FormatError(value.reason)
-        return check_token_row(value, vocabulary) if is_token_row(value) else to_conversation(value)
+        if is_token_row(value):
+            return check_token_row(value, vocabulary)
+        return to_text(value) if data.task_type == "pretrain" else to_conversation(value)
     except (FormatError, EncodingError) as error:
         return error
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from hf_sft.data.chat import IGNORE, EncodingError, TokenRow
 
-Overlength = Literal["drop", "truncate", "error"]
+Overlength = Literal["drop", "truncate", "split", "error"]
 _MOST_EXAMPLES = 10
 
 
@@ -24,6 +24,23 @@ def supervised_tokens(labels: list[int]) -> int:
 def truncate_row(row: TokenRow, max_length: int) -> TokenRow:
     """The first ``max_length`` tokens. An answer that is cut loses its end-of-turn token: it is not taught to stop."""
     return TokenRow(input_ids=row["input_ids"][:max_length], labels=row["labels"][:max_length])
+
+
+def split_row(row: TokenRow, max_length: int) -> list[TokenRow]:
+    """Rows of at most ``max_length`` tokens that learn what ``row`` does: each begins with the last token of the one before,
+    which is not learned again, so that every other token is predicted exactly once."""
+    rows = [truncate_row(row, max_length)]
+    for start in range(max_length - 1, len(row["input_ids"]) - 1, max_length - 1):
+        part = slice(start, start + max_length)
+        rows.append(TokenRow(input_ids=row["input_ids"][part], labels=[IGNORE, *row["labels"][part][1:]]))
+    return rows
+
+
+def cut_tail(row: TokenRow, max_length: int, tail: int) -> TokenRow:
+    """``row`` without as much of its tail of ``tail`` end-of-turn tokens as is beyond ``max_length``."""
+    excess = len(row["input_ids"]) - max_length
+    has_tail = len(set(row["labels"][-tail - 1 :])) == 1 and row["labels"][-1] != IGNORE
+    return truncate_row(row, max_length) if 0 < excess <= tail and has_tail else row
 
 
 def is_token_row(value: Any) -> bool:
@@ -78,6 +95,7 @@ class RowCounts:
     overlength: int = 0
     unsupervised: int = 0
     truncated: int = 0
+    split: int = 0
     tokens: int = 0
     supervised: int = 0
     longest: int = 0
@@ -91,8 +109,9 @@ class RowCounts:
         if len(self.bad_examples) < _MOST_EXAMPLES:
             self.bad_examples.append(f"{place}: {reason}")
 
-    def fit(self, row: TokenRow, max_length: int, overlength: Overlength) -> TokenRow | None:
-        """The row as it is kept, or None where it is dropped (too long, or nothing to learn in it); counted either way.
+    def fit(self, row: TokenRow, max_length: int, overlength: Overlength) -> list[TokenRow]:
+        """The row as it is kept, or in several if it is split; none where it is dropped (too long, or nothing to learn in it).
+        Counted either way.
 
         Raises:
             EncodingError: too long, and ``overlength`` is ``error``.
@@ -105,19 +124,22 @@ class RowCounts:
             )
         if cut and overlength == "drop":
             self.overlength += 1
-            return None
+            return []
+        rows = [row]
         if cut:
-            row = truncate_row(row, max_length)
-        learned = supervised_tokens(row["labels"])
-        if not learned:
+            rows = split_row(row, max_length) if overlength == "split" else [truncate_row(row, max_length)]
+        rows = [row for row in rows if supervised_tokens(row["labels"])]
+        if not rows:
             self.unsupervised += 1
-            return None
-        self.truncated += cut
+            return []
+        self.truncated += cut and overlength == "truncate"
+        self.split += cut and overlength == "split"
         self.kept += 1
-        self.tokens += len(row["input_ids"])
-        self.supervised += learned
-        self.longest = max(self.longest, len(row["input_ids"]))
-        return row
+        for row in rows:
+            self.tokens += len(row["input_ids"])
+            self.supervised += supervised_tokens(row["labels"])
+            self.longest = max(self.longest, len(row["input_ids"]))
+        return rows
 
     def report(self) -> dict[str, Any]:
         """The counts as plain values for ``data_report.json``."""
@@ -128,6 +150,7 @@ class RowCounts:
             "dropped": {"overlength": self.overlength, "no_supervised_token": self.unsupervised},
             "bad": {"count": self.bad.total(), "reasons": dict(self.bad), "examples": self.bad_examples},
             "truncated": self.truncated,
+            "cut_into_several": self.split,
             "tokens": self.tokens,
             "supervised_tokens": self.supervised,
             "supervised_share": self.supervised / self.tokens if self.tokens else 0.0,

@@ -43,6 +43,7 @@ def add_adapter(
     lora: LoraArguments,
     *,
     new_token_ids: Sequence[int] = (),
+    input_token_ids: Sequence[int] = (),
     training: Any = None,
     revision: str | None = None,
 ) -> PeftModel:
@@ -50,26 +51,30 @@ def add_adapter(
 
     Args:
         new_token_ids: rows of the vocabulary that begin untrained and are trained along.
+        input_token_ids: tokens that are read and never written: their rows of the embedding are trained, those of an untied
+            head are not.
 
     Raises:
         ValueError: names that match no layer, or an adapter that does not fit the base.
     """
     base.requires_grad_(False)
     if lora.adapter_name_or_path is None:
-        config = lora_config(base, lora, new_token_ids)
+        config = lora_config(base, lora, new_token_ids, input_token_ids)
         config.revision = revision
         model = _wrap(base, config)
     else:
         model = load_adapter(base, lora.adapter_name_or_path, is_trainable=True)
         _warn_of_other_shape(model, lora)
-        _require_trained_rows(model, new_token_ids)
+        _require_trained_rows(model, [*new_token_ids, *input_token_ids])
     # Reentrant checkpointing cuts the graph where no input requires a gradient, as behind a frozen embedding.
     if _reentrant_checkpointing(training):
         base.enable_input_require_grads()
     return model
 
 
-def lora_config(base: PreTrainedModel, lora: LoraArguments, new_token_ids: Sequence[int] = ()) -> LoraConfig:
+def lora_config(
+    base: PreTrainedModel, lora: LoraArguments, new_token_ids: Sequence[int] = (), input_token_ids: Sequence[int] = ()
+) -> LoraConfig:
     """The PEFT configuration of a new adapter on ``base``."""
     targets, excluded = target_modules(base, lora.lora_target_modules)
     saved, tie = _saved_modules(base, lora.modules_to_save)
@@ -86,7 +91,7 @@ def lora_config(base: PreTrainedModel, lora: LoraArguments, new_token_ids: Seque
         use_rslora=lora.use_rslora,
         modules_to_save=saved or None,
         ensure_weight_tying=tie,
-        trainable_token_indices=_token_rows(base, new_token_ids, [*saved, *targets]) or None,
+        trainable_token_indices=_token_rows(base, new_token_ids, input_token_ids, [*saved, *targets]) or None,
     )
 
 
@@ -236,22 +241,29 @@ def save_adapter(
     config: Any = model.peft_config[str(model.active_adapter)]
     base: Any = model.get_base_model()
     indices = config.trainable_token_indices or {}
-    held = {_last(name) for name in [*(indices if isinstance(indices, dict) else {}), *(config.modules_to_save or [])]}
-    needed = {_last(_name_of(base, base.get_input_embeddings()))}
+    rows = {_last(name): set(ids) for name, ids in indices.items()} if isinstance(indices, dict) else {}
+    held = {*rows, *(_last(name) for name in config.modules_to_save or [])}
+    embedding = _last(_name_of(base, base.get_input_embeddings()))
+    needed = {embedding}
     if (head := _head_name(base)) is not None and not base.config.get_text_config().tie_word_embeddings:
-        needed.add(_last(head))
+        # A mask token is never written: the head's row of a new one stays the mean that loading makes it again.
+        only_read = {getattr(base.config, "mask_token_id", None)}
+        needed |= set() if rows.get(embedding, set()) <= only_read else {_last(head)}
     covered = needed <= held
     model.save_pretrained(folder, state_dict=state_dict, save_embedding_layers=False if covered else "auto", **keywords)
 
 
-def _token_rows(base: PreTrainedModel, ids: Sequence[int], trained_otherwise: Sequence[str]) -> dict[str, list[int]]:
-    """Which rows of which layers are trained; an untied head has rows of its own."""
-    if not ids:
+def _token_rows(
+    base: PreTrainedModel, ids: Sequence[int], input_ids: Sequence[int], trained_otherwise: Sequence[str]
+) -> dict[str, list[int]]:
+    """Which rows of which layers are trained; an untied head has rows of its own, for tokens that are written."""
+    if not ids and not input_ids:
         return {}
-    layers = {_name_of(base, base.get_input_embeddings()): base.get_input_embeddings()}
-    head = base.get_output_embeddings()
-    if head is not None and getattr(head, "bias", None) is not None:  # PEFT's wrapper computes x W^T and drops it
-        if heads_are_tied(base):
+    rows = {_name_of(base, base.get_input_embeddings()): sorted({*ids, *input_ids})}
+    head, tied = base.get_output_embeddings(), heads_are_tied(base)
+    biased = head is not None and getattr(head, "bias", None) is not None
+    if biased and (ids or tied):  # PEFT's wrapper computes x W^T and drops it
+        if tied:
             raise ValueError(
                 "New tokens under an adapter need a head without a bias when it is tied; use train_mode full."
             )
@@ -260,10 +272,10 @@ def _token_rows(base: PreTrainedModel, ids: Sequence[int], trained_otherwise: Se
             "new tokens but learns little about writing them. Add it to modules_to_save, or use train_mode full.",
             stacklevel=4,
         )
-    elif head is not None and not heads_are_tied(base):
-        layers[_name_of(base, head)] = head
+    elif head is not None and not tied:
+        rows[_name_of(base, head)] = list(ids)
     taken = {_last(name) for name in trained_otherwise}
-    return {name: list(ids) for name in layers if _last(name) not in taken}
+    return {name: own for name, own in rows.items() if own and _last(name) not in taken}
 
 
 def _saved_modules(base: PreTrainedModel, names: Sequence[str]) -> tuple[list[str], bool]:
@@ -353,7 +365,7 @@ def _require_trained_rows(model: PeftModel, new_token_ids: Sequence[int]) -> Non
     embedding = _last(_name_of(base, base.get_input_embeddings()))
     if (lost := sorted(set(new_token_ids) - trained)) and embedding not in saved:
         raise ValueError(
-            f"The adapter trains no rows for the new tokens with ids {lost[:5]}; rows cannot be added to an existing adapter. "
+            f"The adapter trains no rows for the tokens with ids {lost[:5]}; rows cannot be added to an existing adapter. "
             "Merge it first (hf-sft merge) and start from the merged model."
         )
 

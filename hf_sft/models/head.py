@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from hf_sft.losses import LogitTransform, RowScores, score_logits, score_rows
+from hf_sft.losses import LogitTransform, ReplacedRows, RowScores, score_logits, score_rows
 from hf_sft.models.wrappers import evaluating
 
 
@@ -30,8 +30,9 @@ class _Request:
 class HeadScorer:
     """Scores chosen rows of a causal LM.
 
-    A plain linear head is scored in chunks. Any other head (an adapter on it, quantised weights, newly trained token rows) runs
-    on the scored rows only, and the loss is taken from its logits; so does a model whose logits are not what its config says.
+    A plain linear head is scored in chunks, also where an adapter trains some of its rows. Any other head (an adapter on it,
+    quantised weights) runs on the scored rows only, and the loss is taken from its logits; so does a model whose logits are not
+    what its config says.
 
     Args:
         model: a causal LM, bare or with PEFT. The hook stays on its head and does nothing outside ``scoring``.
@@ -46,9 +47,10 @@ class HeadScorer:
             raise ValueError(
                 f"{type(model).__name__} has no output embeddings: only causal language models can be trained"
             )
-        self.chunked = _is_plain_linear(head)
+        self.chunked = _is_plain_linear(_linear(head))
         self.transform = logit_transform(model.config)
         self._request: _Request | None = None
+        self._row_ids: Tensor | None = None
         head.register_forward_pre_hook(self._before_head)
 
     @contextmanager
@@ -94,9 +96,23 @@ class HeadScorer:
         flat = hidden.reshape(-1, hidden.shape[-1]).index_select(0, request.rows)
         if not self.chunked:
             return (flat[None], *args[1:])
-        linear = cast(nn.Linear, head)
-        request.scores = score_rows(flat, linear.weight, linear.bias, request.target, request.weight, self.transform)
+        linear, own = cast(nn.Linear, _linear(head)), self._trained_rows(head)
+        bias = linear.bias if own is None else None  # PEFT's layer computes x W^T alone
+        request.scores = score_rows(
+            flat, linear.weight, bias, request.target, request.weight, self.transform, replaced=own
+        )
         return (flat[None, :0], *args[1:])
+
+    def _trained_rows(self, head: nn.Module) -> ReplacedRows | None:
+        """The rows that an adapter trains in the head (of new tokens, or of a tied embedding), where it is switched on."""
+        rows: Any = getattr(head, "token_adapter", None)
+        if rows is None or rows.disable_adapters or rows.merged or not rows.active_adapters:
+            return None
+        (name,) = rows.active_adapters
+        trained = rows.trainable_tokens_delta[name]
+        if self._row_ids is None or self._row_ids.device != trained.device:  # a copy from the host waits for the device
+            self._row_ids = torch.tensor(rows.token_indices[name], device=trained.device)
+        return ReplacedRows(self._row_ids, trained)
 
 
 def logit_transform(config: Any) -> LogitTransform:
@@ -116,6 +132,12 @@ def _active_head(head: nn.Module | None) -> nn.Module | None:
     if copies is None:
         return head
     return copies[head.active_adapter if isinstance(head.active_adapter, str) else head.active_adapter[0]]  # type: ignore
+
+
+def _linear(head: nn.Module) -> nn.Module:
+    """The layer inside PEFT's wrapper for trained token rows, or the head itself."""
+    rows: Any = getattr(head, "token_adapter", None)
+    return head if rows is None else rows.base_layer
 
 
 def _is_plain_linear(head: nn.Module) -> bool:

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ from hf_sft.arguments import LoraArguments, ModelArguments
 from hf_sft.checks import check_lora, check_model
 from hf_sft.models.quantization import keep_trainable_on_cpu, quantization_config, quantized_device
 from hf_sft.models.vocabulary import add_special_tokens, resize_embeddings
+from hf_sft.models.wedlm import MODEL_TYPE
 from hf_sft.models.wedlm import register as register_wedlm
 
 if TYPE_CHECKING:
@@ -85,12 +87,14 @@ def load_model(
     *,
     tokenizer: PreTrainedTokenizerFast | None = None,
     training: Any = None,
+    input_rows: Sequence[int] = (),
 ) -> PreTrainedModel | PeftModel:
     """The model to train: full weights, or a frozen base with an adapter.
 
     Args:
         tokenizer: gives new tokens their rows; from scratch, it sets the size of the vocabulary and the special ids.
         training: training arguments, for the device, the engine and activation checkpointing.
+        input_rows: tokens that are read and never written (a mask token): a new adapter trains their rows of the embedding.
 
     Raises:
         ValueError: the arguments contradict each other, or the weights are missing, incomplete, unreadable or quantised already.
@@ -108,7 +112,14 @@ def load_model(
         return loaded
     from hf_sft.models.adapters import add_adapter
 
-    return add_adapter(loaded, lora, new_token_ids=new_ids, training=training, revision=model.model_revision)
+    return add_adapter(
+        loaded,
+        lora,
+        new_token_ids=[token for token in new_ids if token not in input_rows],
+        input_token_ids=input_rows,
+        training=training,
+        revision=model.model_revision,
+    )
 
 
 def resolve_dtype(model: ModelArguments, lora: LoraArguments) -> torch.dtype:
@@ -244,6 +255,7 @@ def load_config(name: str, model: ModelArguments) -> PretrainedConfig:
     """The config at ``name``; it must be one of a causal LM."""
     _require_place(name, "config")
     register_wedlm()
+    _refuse_official_code(name, model)
     try:
         config = AutoConfig.from_pretrained(
             name, revision=model.model_revision, trust_remote_code=model.trust_remote_code
@@ -258,6 +270,21 @@ def load_config(name: str, model: ModelArguments) -> PretrainedConfig:
             f"{name!r} is a {config.model_type!r} model, which transformers has no causal language model for."
         )
     return config
+
+
+def _refuse_official_code(name: str, model: ModelArguments) -> None:
+    """The code that the official WeDLM checkpoints bring along is for older versions of transformers."""
+    if not model.trust_remote_code:
+        return
+    try:
+        fields, _ = PretrainedConfig.get_config_dict(name, revision=model.model_revision)
+    except (OSError, ValueError):
+        return  # said by who reads the config next
+    if fields.get("model_type") == MODEL_TYPE and "auto_map" in fields:
+        raise ValueError(
+            f"trust_remote_code is true, and {name!r} is a WeDLM checkpoint, whose own code fails on this version of "
+            "transformers. hf_sft knows the architecture: set trust_remote_code to false."
+        )
 
 
 def _check_request(model: ModelArguments, lora: LoraArguments) -> None:

@@ -13,11 +13,12 @@ from transformers.trainer_utils import seed_worker
 
 from hf_sft.arguments import DataArguments
 from hf_sft.attention.selfcheck import Choice
-from hf_sft.collators import Batch, CausalCollator, LabelsCollator
+from hf_sft.collators import Batch, LabelsCollator
 from hf_sft.data.bins import BinLoader, Bins, BinSampler, Examples
 from hf_sft.data.pipeline import rows_from_examples
 from hf_sft.metrics import sum_dtype
 from hf_sft.models.wrappers import base_model
+from hf_sft.objectives import Objective
 
 
 class BinTrainer(Trainer):
@@ -25,6 +26,7 @@ class BinTrainer(Trainer):
 
     Attributes:
         data_args: lengths, packing, template and supervision.
+        objective: what is learned, and how it is collated.
         layout: how documents are laid out.
         collects_logits: evaluation needs one document per row, for functions on logits.
         user_collator: a collator that replaces ours.
@@ -32,6 +34,7 @@ class BinTrainer(Trainer):
     """
 
     data_args: DataArguments
+    objective: Objective
     layout: Choice
     collects_logits: bool = False
     user_collator: Callable[[list[Any]], Batch] | None = None
@@ -49,7 +52,7 @@ class BinTrainer(Trainer):
             raise ValueError(f"a data set is wanted, and this is a dict of {', '.join(dataset)}: choose one of them")
         if self.user_collator is not None and isinstance(dataset[0], dict) and "input_ids" in dataset[0]:
             return Examples(dataset)
-        rows = rows_from_examples(dataset, tokenizer, data=self.data_args)
+        rows = rows_from_examples(dataset, tokenizer, data=self.data_args, rules=self.objective.rules)
         packed = self.layout.backend is not None and not (evaluation and self.collects_logits)
         bins = Bins(rows, self.data_args.max_seq_length if packed else None)
         if bins.largest_id >= self.embedding_rows:
@@ -59,7 +62,15 @@ class BinTrainer(Trainer):
             )
         return Examples(rows) if self.user_collator is not None else bins
 
-    def _loader(self, dataset: Bins | Examples, batch_size: int, *, accumulation: int, seed: int | None) -> BinLoader:
+    def _loader(
+        self,
+        dataset: Bins | Examples,
+        batch_size: int,
+        *,
+        accumulation: int = 1,
+        seed: int | None = None,
+        evaluation: bool = False,
+    ) -> BinLoader:
         args = self.args
         sampler = BinSampler(
             len(dataset),
@@ -69,7 +80,8 @@ class BinTrainer(Trainer):
             rank=args.process_index,
             seed=seed,
         )
-        collator: Callable[[Any], Batch] = CausalCollator(getattr(dataset, "capacity", None) is not None, self._pad)
+        packed = getattr(dataset, "capacity", None) is not None
+        collator = self.objective.collator(packed, self._pad, evaluation=evaluation)
         if self.user_collator is not None:
             collator = LabelsCollator(self.user_collator, dataset[0, 0][0])
         workers = args.dataloader_num_workers
@@ -103,7 +115,7 @@ class BinTrainer(Trainer):
         if dataset is None:
             raise ValueError("evaluation needs an eval_dataset")
         bins = self._bins(dataset, self.processing_class, evaluation=True)
-        return self._loader(bins, self.args.eval_batch_size, accumulation=1, seed=None)
+        return self._loader(bins, self.args.eval_batch_size, evaluation=True)
 
     def get_test_dataloader(self, test_dataset: Any) -> BinLoader:
         """As for evaluation."""
@@ -116,12 +128,14 @@ class BinTrainer(Trainer):
     def _prepare_input(self, data: Any) -> Any:
         # DeepSpeed's cast of every float tensor to the engine's type would round the weights of the rows.
         device = self.args.device
+        if isinstance(data, list):
+            return data  # integers of the layout that backends read on the host
         if isinstance(data, Tensor):
             return data.to(device, sum_dtype(device) if data.dtype == torch.float64 else data.dtype, non_blocking=True)
         return super()._prepare_input(data)
 
     def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> Tensor | None:
-        """[2] N per kind: summed over the micro-batches on the host, then over ranks."""
+        """[K] N per kind: summed over the micro-batches on the host, then over ranks."""
         if not batch_samples:
             return None
         items: Tensor = sum(batch["num_items"] for batch in batch_samples)

@@ -14,22 +14,27 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
 
-from hf_sft.arguments import DataArguments, ModelArguments
+from hf_sft.arguments import DataArguments, ModelArguments, WeDLMArguments
+from hf_sft.checks import check_task, check_wedlm
 from hf_sft.data.chat import end_of_turn_id
 from hf_sft.data.templates import resolve_template
 from hf_sft.models.loading import check_max_seq_length, load_model, load_tokenizer
+from hf_sft.models.mask_token import record_mask_token, resolve_mask_token
 from hf_sft.models.quantization import keep_trainable_on_cpu
+from hf_sft.models.vocabulary import resize_embeddings, vocabulary_rows
 from hf_sft.models.wrappers import base_model
+from hf_sft.objectives import Objective, build_objective
 from hf_sft.training_arguments import problems
 
 logger = logging.getLogger(__name__)
 
+_PLAIN = WeDLMArguments()
 # Keywords of other libraries' trainers, and where the same thing is said here.
 _ELSEWHERE = {
     "tokenizer": "processing_class",
     "max_seq_length": "data_args=DataArguments(max_seq_length=...)",
     "packing": "data_args=DataArguments(packing=...)",
-    "dataset_text_field": "conversations; plain text is not available in this version",
+    "dataset_text_field": "data_args=DataArguments(task_type='pretrain'), which reads the field text",
     "formatting_func": "conversations as train_dataset",
     "compute_loss_func": "a subclass that overrides compute_loss",
 }
@@ -110,6 +115,51 @@ def prepare_data_arguments(data: DataArguments | None, model: nn.Module) -> Data
         data = replace(default, max_seq_length=min(default.max_seq_length, limit or default.max_seq_length))
     check_max_seq_length(base_model(model), data.max_seq_length)
     return data
+
+
+def prepare_objective(
+    data: DataArguments, wedlm: WeDLMArguments | None, backend: str, model: nn.Module, tokenizer: Any, seed: int
+) -> Objective:
+    """The objective of ``data``; for wedlm with its mask token, which has a row in the model and stands in what is saved.
+
+    Raises:
+        ValueError: settings that do not fit together, or a mask token that texts may hold.
+    """
+    given = set() if wedlm is None else {name for name, value in vars(wedlm).items() if value != getattr(_PLAIN, name)}
+    wedlm = wedlm or WeDLMArguments()
+    if found := [*check_task(data, set()), *check_wedlm(wedlm, data, backend, given)]:
+        raise ValueError("; ".join(found))
+    if data.objective == "causal":
+        return build_objective(data, wedlm, mask_token_id=None, seed=seed)
+    base = base_model(model)
+    token = resolve_mask_token(tokenizer, base.config, mask_token=wedlm.mask_token, mask_token_id=wedlm.mask_token_id)
+    if tokenizer is not None and token >= vocabulary_rows(base):
+        if isinstance(model, PeftModel):
+            raise ValueError(
+                f"the mask token {wedlm.mask_token!r} is new and the model has an adapter already: call "
+                "resize_token_embeddings on its base first, and name the token's id in trainable_token_indices"
+            )
+        resize_embeddings(base, tokenizer)
+    if isinstance(model, PeftModel) and not _row_is_trained(model, token):
+        logger.warning(
+            "the row of the mask token %d is not trained: name it in the adapter's trainable_token_indices", token
+        )
+    record_mask_token(model, token)
+    if wedlm.mask_sampling == "reference":
+        logger.warning(
+            "mask_sampling reference normalises its weights per micro-batch: the loss depends on how a batch is cut (under elbo "
+            "it does not)"
+        )
+    return build_objective(data, wedlm, mask_token_id=token, seed=seed)
+
+
+def _row_is_trained(model: PeftModel, token: int) -> bool:
+    """Whether the embedding's row of ``token`` learns under the adapter: by itself, or with the whole embedding."""
+    embedding: Any = base_model(model).get_input_embeddings()
+    adapter = getattr(embedding, "token_adapter", None)
+    if adapter is not None:
+        return token in adapter.token_indices[model.active_adapter]
+    return any(parameter.requires_grad for parameter in embedding.parameters())
 
 
 def prepare_tokenizer(tokenizer: Any, model: nn.Module, data: DataArguments) -> Any:

@@ -1,6 +1,6 @@
 """SFTTrainer: the Hugging Face Trainer with one short ``compute_loss`` for every objective.
 
-Shapes: R scored rows of a micro-batch, K = 2 kinds of targets (next token, mask slot).
+Shapes: R scored rows of a micro-batch, K kinds of targets (next token, mask slot; evaluation may tell more apart).
 
     loss = sum over kinds of  c_kind * sum_i weight_i * nll_i / N_kind
 
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, PredictionOutput, TrainOutput
 
-from hf_sft.arguments import DataArguments
+from hf_sft.arguments import DataArguments, WeDLMArguments
 from hf_sft.attention.layout import Layout
 from hf_sft.attention.selfcheck import choose_layout
 from hf_sft.checkpoints import resolve_resume, verify_adapter, verify_weights
@@ -41,6 +41,7 @@ from hf_sft.training.setup import (
     check_options,
     prepare_data_arguments,
     prepare_model,
+    prepare_objective,
     prepare_tokenizer,
 )
 from hf_sft.training_arguments import TrainingArguments
@@ -54,9 +55,10 @@ class SFTTrainer(BinTrainer):
     Args:
         model: a model, or a folder or hub name to load in float32.
         args: training arguments; ours or plain ``transformers.TrainingArguments``.
-        data_args: lengths, packing, template and supervision; the defaults suit most data.
+        data_args: task, objective, lengths, packing, template and supervision; the defaults suit most data.
+        wedlm_args: settings of ``data_args.objective`` wedlm.
         train_dataset, eval_dataset: lists or ``datasets.Dataset`` of conversations (any known format) or of token rows
-            ``{"input_ids", "labels"}``; ``eval_dataset`` may be a dict of several.
+            ``{"input_ids", "labels"}``, of texts under ``task_type`` pretrain; ``eval_dataset`` may be a dict of several.
         processing_class: the tokenizer; loaded with the model if that is given by name.
         peft_config: a PEFT config to wrap the model with.
         attention_backend: ``auto`` or the name of a backend for packed documents.
@@ -79,6 +81,7 @@ class SFTTrainer(BinTrainer):
         processing_class: Any = None,
         *,
         data_args: DataArguments | None = None,
+        wedlm_args: WeDLMArguments | None = None,
         peft_config: Any = None,
         attention_backend: str = "auto",
         callbacks: list[TrainerCallback] | None = None,
@@ -91,10 +94,17 @@ class SFTTrainer(BinTrainer):
         check_arguments(args, packing)
         model, processing_class = prepare_model(model, processing_class, peft_config, args)
         self.data_args = prepare_data_arguments(data_args, model)
+        if data_collator is not None and self.data_args.objective != "causal":
+            raise ValueError(
+                "a data_collator replaces ours, which makes the batches of objective wedlm: leave one of them out"
+            )
+        self.objective = prepare_objective(
+            self.data_args, wedlm_args, attention_backend, model, processing_class, args.seed
+        )
         processing_class = prepare_tokenizer(processing_class, model, self.data_args)
 
         self.scorer = HeadScorer(model)
-        self.layout = choose_layout(model, attention_backend, packing)
+        self.layout = choose_layout(model, attention_backend, packing, self.objective.mask_token_id)
         logger.info("documents are laid out %s (%s)", self.layout.name, self.layout.reason)
         if not self.scorer.verify(model, torch.arange(16, device=args.device)[None]):
             logger.warning(
@@ -102,11 +112,10 @@ class SFTTrainer(BinTrainer):
                 "for the scored rows, which takes more memory than chunks"
             )
 
-        self.coefficients = (1.0, 0.0)
         self.collects_logits = trainer_options.get("compute_metrics") is not None and not args.prediction_loss_only
         self.user_collator = data_collator
         self._read_model(model, processing_class)
-        self._train_sums = self._eval_sums = TokenSums(args.device)
+        self._train_sums = self._eval_sums = TokenSums(args.device, self.objective.kinds)
         self._clock, self._logs_step = time.perf_counter(), False
         train = None if train_dataset is None else self._bins(train_dataset, processing_class)
         if isinstance(eval_dataset, dict):
@@ -142,11 +151,11 @@ class SFTTrainer(BinTrainer):
         Args:
             model: the model as the engine wrapped it; always called whole.
             inputs: a batch of the contract (``hf_sft.collators``), on the device.
-            num_items_in_batch: [2] N per kind, of the whole step; by default this batch's own.
+            num_items_in_batch: [K] N per kind, of the whole step; by default this batch's own.
         """
         # 1. weight_i * c_kind / N_kind for every row; a kind that nothing asks for counts zero.
         items = inputs["num_items"] if num_items_in_batch is None else num_items_in_batch
-        share = torch.where(items > 0, self._kind_coefficients / items.clamp_min(1e-9), 0.0).float()
+        share = torch.where(items > 0, self._kind_coefficients[: len(items)] / items.clamp_min(1e-9), 0.0).float()
         kind_R, weight_R = inputs["target_kind"], inputs["target_weight"]
         # 2. one forward of the whole model; its head scores the rows and returns none.
         with self.scorer.scoring(inputs["logits_to_keep"], inputs["target_ids"], weight_R * share[kind_R]) as request:
@@ -160,8 +169,8 @@ class SFTTrainer(BinTrainer):
 
     @cached_property
     def _kind_coefficients(self) -> Tensor:  # on the device once: a copy from the host would wait in every micro-batch
-        device = self.args.device
-        return torch.tensor(self.coefficients, dtype=sum_dtype(device), device=device)
+        device, unlearned = self.args.device, [0.0] * (self.objective.kinds - 2)
+        return torch.tensor([*self.objective.coefficients, *unlearned], dtype=sum_dtype(device), device=device)
 
     def _model_inputs(self, batch: Batch) -> dict[str, Any]:
         inputs = {key: value for key, value in batch.items() if key not in CONTRACT_KEYS}
@@ -184,7 +193,7 @@ class SFTTrainer(BinTrainer):
 
     def _add_scores(self, model: nn.Module, batch: Batch, scores: RowScores) -> None:
         sums = self._train_sums if model.training else self._eval_sums
-        sums.add(scores, batch["target_weight"], batch["target_kind"], batch["num_tokens"])
+        sums.add(scores, batch["target_weight"], batch["target_kind"], batch["num_items"], batch["num_tokens"])
 
     def floating_point_ops(self, inputs: Batch) -> int:
         """6 x parameters x tokens (Kaplan et al., arXiv 2001.08361), padding not counted; parameters are counted once."""
@@ -228,20 +237,13 @@ class SFTTrainer(BinTrainer):
 
     def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """``Trainer.evaluation_loop`` with sums over all tokens divided once, instead of a mean of batch means."""
-        self._eval_sums = TokenSums(self.args.device)
+        self._eval_sums = TokenSums(self.args.device, self.objective.kinds)
         self._eval_documents = self.num_examples(dataloader)
         output = super().evaluation_loop(dataloader, description, *args, **kwargs)
         totals = TokenSums.totals(self._reduced(self._eval_sums))
         prefix = kwargs.get("metric_key_prefix", "eval")
         metrics = cast(dict[str, float], output.metrics)
-        metrics.update(
-            {
-                f"{prefix}_loss": totals.loss(self.coefficients),
-                f"{prefix}_perplexity": totals.perplexity(),
-                f"{prefix}_token_accuracy": totals.accuracy(),
-                f"{prefix}_supervised_tokens": int(totals.rows[0]),
-            }
-        )
+        metrics.update({f"{prefix}_{name}": value for name, value in self.objective.metrics(totals).items()})
         return output._replace(num_samples=self._eval_documents)
 
     def _reduced(self, sums: TokenSums) -> Tensor:
@@ -253,7 +255,7 @@ class SFTTrainer(BinTrainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """``Trainer.train``; True or ``auto`` resumes from the newest complete checkpoint, if there is one."""
         checkpoint = resolve_resume(str(self.args.output_dir), resume_from_checkpoint)
-        self._train_sums, self._clock = TokenSums(self.args.device), time.perf_counter()
+        self._train_sums, self._clock = TokenSums(self.args.device, self.objective.kinds), time.perf_counter()
         self._run_state = self._train_sums.state()
         output = super().train(checkpoint, *args, **kwargs)
         return output._replace(training_loss=output.metrics["train_loss"])
@@ -268,22 +270,21 @@ class SFTTrainer(BinTrainer):
         if self._logs_step and "loss" in logs:
             self._logs_step = False
             totals = self._drain()
-            logs["loss"] = totals.loss(self.coefficients)
-            logs["token_accuracy"] = totals.accuracy()
+            logs["loss"] = totals.loss(self.objective.coefficients)
+            logs.update(self.objective.log(totals))
             logs["tokens_per_second"] = totals.tokens / (time.perf_counter() - self._clock)
-            logs["supervised_share"] = totals.supervised_share
             self._clock = time.perf_counter()
         elif "train_loss" in logs and "train_runtime" in logs:
             self._drain()
             logs.pop("train_samples_per_second", None)  # Trainer counts bins there
-            logs["train_loss"] = TokenSums.totals(self._run_state).loss(self.coefficients)
+            logs["train_loss"] = TokenSums.totals(self._run_state).loss(self.objective.coefficients)
         super().log(logs, start_time)
 
     def _drain(self) -> TokenTotals:
         """The sums since the last call, over all ranks; they go into those of the whole run."""
         state = self._reduced(self._train_sums)
         self._run_state = self._run_state + state
-        self._train_sums = TokenSums(self.args.device)
+        self._train_sums = TokenSums(self.args.device, self.objective.kinds)
         return TokenSums.totals(state)
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> Any:

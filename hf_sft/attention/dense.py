@@ -1,0 +1,40 @@
+"""``dense``: the rule written out as a mask. Right wherever a model honours 4-D masks, and the reference for the others."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hf_sft.attention.layout import Layout
+from hf_sft.attention.protocol import layer_windows
+
+
+class Dense:
+    """The rule as a 4-D mask [1, 1, T, T] per kind of layer, through the model's own attention."""
+
+    name = "dense"
+
+    def install(self, model: PreTrainedModel) -> None:
+        own = model.config._attn_implementation
+        if own not in ("sdpa", "eager"):
+            raise ValueError(
+                f"the dense backend writes masks for the attention implementations sdpa and eager, and the model uses {own!r}; "
+                "load it with attn_implementation='sdpa', or choose attention_backend segment"
+            )
+
+    def inputs(self, model: PreTrainedModel, layout: Layout) -> dict[str, Any]:
+        additive = model.config._attn_implementation == "eager"
+        windows = layer_windows(model.config)
+        masks = {kind: _as_mask(layout.allowed(window), additive, model.dtype) for kind, window in windows.items()}
+        return {"attention_mask": masks if len(masks) > 1 else next(iter(masks.values()))}
+
+
+def _as_mask(allowed: Tensor, additive: bool, dtype: torch.dtype) -> Tensor:
+    """[T, T] bool to [1, 1, T, T]: bool for SDPA; for eager attention, which adds its mask, 0 or the type's minimum."""
+    allowed = allowed[None, None]
+    if not additive:
+        return allowed
+    return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(~allowed, torch.finfo(dtype).min)

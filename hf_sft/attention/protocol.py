@@ -1,0 +1,112 @@
+"""What a backend is, and what the backends share.
+
+A backend does two things: ``install`` prepares the model once, ``inputs`` turns the layout of one micro-batch into keywords
+of the model's forward. ``dense`` hands a mask to the model's own attention; the others are attention functions of ours that
+transformers' ``AttentionInterface`` routes every layer to, and the layout travels to them as a keyword (``Routed``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import sdpa_mask
+
+from hf_sft.attention.layout import Layout
+
+LAYOUT_KEY = "hf_sft_layout"
+# transformers treats names that contain sdpa, flash or flex_attention specially: ours must not.
+_PREFIX = "hf_sft_"
+
+
+class Backend(Protocol):
+    """What the trainer and the self-check need of a backend."""
+
+    name: str
+
+    def install(self, model: PreTrainedModel) -> None:
+        """Prepare ``model`` (without PEFT or engine wrappers) for packed rows. Raises ValueError if it cannot be."""
+
+    def inputs(self, model: PreTrainedModel, layout: Layout) -> dict[str, Any]:
+        """Keywords of the model's forward that carry the layout."""
+
+
+class Routed:
+    """A backend that is an attention function: registered under ``hf_sft_NAME``, the layout reaches it as ``hf_sft_layout``.
+
+    Attributes:
+        name: the backend's name.
+        function: takes what every function of ``AttentionInterface`` takes: module, query [1, H, T, E], key and value
+            [1, K, T, E], mask, options; returns [1, T, H, E] and None. Without a layout it runs like sdpa.
+    """
+
+    name: str
+    function: Callable[..., tuple[Tensor, None]]
+
+    def install(self, model: PreTrainedModel) -> None:
+        layer_windows(model.config)  # kinds of layers that take their window from the mask would lose it
+        routed = _PREFIX + self.name
+        AttentionInterface.register(routed, type(self).function)
+        # Calls without a layout (generation in a callback, say) get ordinary masks and run like sdpa.
+        AttentionMaskInterface.register(routed, sdpa_mask)
+        if not is_routed(model):
+            model._hf_sft_own_attention = model.config._attn_implementation  # type: ignore[assignment]
+        model.set_attn_implementation(routed)
+
+    def inputs(self, model: PreTrainedModel, layout: Layout) -> dict[str, Any]:
+        # A 4-D mask is handed through as it is, so that no T x T mask is built. It forbids everything: a model that drops
+        # the layout on the way cannot pass the self-check with it.
+        closed = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=layout.doc.device)
+        return {"attention_mask": closed, LAYOUT_KEY: layout}
+
+
+def is_routed(model: PreTrainedModel) -> bool:
+    """Does the model's attention run through one of our functions?"""
+    return str(model.config._attn_implementation).startswith(_PREFIX)
+
+
+def restore_attention(model: PreTrainedModel) -> str:
+    """Put the attention back that the model had before a backend was installed; returns its name."""
+    if is_routed(model):
+        model.set_attn_implementation(str(model._hf_sft_own_attention))
+    return model.config._attn_implementation
+
+
+def layer_windows(config: Any) -> dict[str, int | None]:
+    """The sliding window of each kind of layer (None: sees the whole document).
+
+    Models with one kind of layer have one entry; those with several (Gemma 2 and 3, Qwen with ``use_sliding_window``) have the
+    names that their ``layer_types`` use, which are also the keys of the mask dictionary that their forward takes.
+
+    Raises:
+        ValueError: for kinds of layers whose rule is not known here, such as chunked attention.
+    """
+    config = config.get_text_config()
+    window = getattr(config, "sliding_window", None)
+    kinds = sorted(set(getattr(config, "layer_types", None) or []))
+    if not kinds:
+        return {"full_attention": window}
+    if unknown := [kind for kind in kinds if kind not in ("full_attention", "sliding_attention")]:
+        raise ValueError(f"layers of type {', '.join(unknown)} follow a rule that packed attention does not know")
+    return {kind: window if kind == "sliding_attention" else None for kind in kinds}
+
+
+def refuse_dropout(backend: str, probability: float) -> None:
+    """Raises ValueError for attention dropout, which ``backend`` has not."""
+    if probability:
+        raise ValueError(
+            f"attention dropout is {probability:g}, and the {backend} backend has none: set attention_dropout to 0 in the "
+            "model's config, or choose attention_backend segment or dense"
+        )
+
+
+def common_dtype(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The three in autocast's type where it is on, as SDPA takes them: norms on queries and keys leave these in float32."""
+    device = query.device.type
+    if not torch.is_autocast_enabled(device):
+        return query, key, value
+    dtype = torch.get_autocast_dtype(device)
+    return query.to(dtype), key.to(dtype), value.to(dtype)

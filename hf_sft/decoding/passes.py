@@ -1,0 +1,341 @@
+"""Streaming parallel decoding (WeDLM, arXiv 2512.22737): the window, its passes through the model, and what they fill.
+
+Shapes: B rows that are still being decoded, L positions (prompt and new tokens, and one spare position at the end that takes
+what belongs nowhere), Q tokens of a pass, S slots of the window, C columns of keys, V tokens of the vocabulary.
+
+The logical positions of a row during a pass::
+
+    0 ........ cached ........... front ................ last ......... end
+    | in the cache | run: filled    | window: filled, slots  | not yet    |
+
+A pass takes the run, the filled tokens of the window and its mask slots, in this order, under ordinary causal attention.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_sft.attention.backends import layer_windows
+from hf_sft.attention.protocol import is_routed
+from hf_sft.decoding.cache import RowCache
+from hf_sft.models.wrappers import base_model
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What decides which slots are filled, and with what; see ``generation.generate_wedlm``."""
+
+    mask_token_id: int
+    eos_token_ids: tuple[int, ...]
+    window: int
+    entropy_threshold: float
+    distance_penalty: float
+    temperature: float
+    top_p: float
+    top_k: int
+    verify: bool
+    generator: torch.Generator | None = None
+
+
+@dataclass
+class Row:
+    """A finished row."""
+
+    tokens: list[int]
+    order: list[int]
+    forwards: int
+    processed: int
+
+
+@dataclass
+class _Pass:
+    """Where the rows of a pass stand, on the host: one wait for the device per pass. Two of them on the device, too."""
+
+    cached: list[int]
+    front: list[int]
+    last: list[int]
+    sure: list[int]
+    front_B: Tensor
+    last_B: Tensor
+
+    @property
+    def tokens(self) -> int:
+        """Q."""
+        return max(last - cached for last, cached in zip(self.last, self.cached, strict=True))
+
+    @property
+    def slots(self) -> int:
+        """Upper bound of S."""
+        return max(last - front for last, front in zip(self.last, self.front, strict=True))
+
+
+class Decoder:
+    """Decodes one batch of prompts.
+
+    A position is *filled* when it holds a token, and *sure* when that token is part of the output: without ``verify`` these are
+    the same, with it filled positions beyond the sure ones hold drafts.
+
+    Args:
+        model: a causal LM in evaluation mode, bare or with PEFT.
+        prompts: token ids, at least one each.
+        max_new_tokens: per row.
+    """
+
+    def __init__(
+        self, model: Any, prompts: list[list[int]], max_new_tokens: int, rules: Rules, use_cache: bool
+    ) -> None:
+        self.model, self.rules = model, rules
+        self.masks = AttentionMasks(base_model(model))
+        self.cache = RowCache() if use_cache else None
+        self._keeps_logits = "logits_to_keep" in inspect.signature(base_model(model).forward).parameters
+        device = input_device(base_model(model))
+        lengths = [len(prompt) for prompt in prompts]
+        positions = max(lengths) + max_new_tokens + 1
+        self.tokens = torch.full((len(prompts), positions), rules.mask_token_id, device=device)
+        for row, prompt in enumerate(prompts):
+            self.tokens[row, : len(prompt)] = torch.tensor(prompt, device=device)
+        self.start = torch.tensor(lengths, device=device)
+        self.stop = self.start + max_new_tokens
+        self.filled = torch.arange(positions, device=device) < self.start[:, None]
+        self.order = torch.zeros_like(self.tokens)  # the number of the pass after which a position was filled
+        self.sure = self.start.clone()
+        self.cached = torch.zeros_like(self.start)
+        self.eos = torch.tensor(rules.eos_token_ids, device=device)
+        self.rows = list(range(len(prompts)))
+        self.prompt_lengths = lengths
+        self.processed = [0] * len(prompts)
+        self.finished: dict[int, Row] = {}
+        self.passes = 0
+
+    def run(self) -> list[Row]:
+        """Decode until every row has ended."""
+        while (place := self._next_pass()) is not None:
+            self.passes += 1
+            self._count(place)
+            self._step(place)
+        return [self.finished[row] for row in sorted(self.finished)]
+
+    def _next_pass(self) -> _Pass | None:
+        """Let finished rows go and say where the others stand; None: all have ended."""
+        end = self._ends()
+        front = torch.minimum((~self.filled).long().argmax(1), end)
+        last = torch.minimum(front + self.rules.window, end)
+        sure = self.sure if self.rules.verify else front
+        columns = torch.stack([self.cached, front, last, sure, end]).tolist()
+        keep = [i for i in range(len(self.rows)) if columns[3][i] < columns[4][i]]
+        if len(keep) < len(self.rows):
+            self._finish(sorted({*range(len(self.rows))} - {*keep}), columns[4])
+            if not keep:
+                return None
+            index = torch.tensor(keep, device=end.device)
+            self._select(keep, index)
+            front, last = front[index], last[index]
+        cached, fronts, lasts, sures = ([column[i] for i in keep] for column in columns[:4])
+        return _Pass(cached, fronts, lasts, sures, front, last)
+
+    def _ends(self) -> Tensor:
+        """[B] first position that need not be decoded: behind the first filled end of turn, or behind the last token allowed."""
+        if not self.eos.numel():
+            return self.stop
+        positions = torch.arange(self.tokens.shape[1], device=self.tokens.device)
+        ends = torch.isin(self.tokens, self.eos) & self.filled & (positions >= self.start[:, None])
+        first = torch.where(ends.any(1), ends.long().argmax(1) + 1, self.stop)
+        return torch.minimum(first, self.stop)
+
+    def _finish(self, rows: list[int], ends: list[int]) -> None:
+        for i in rows:
+            number = self.rows[i]
+            new = slice(self.prompt_lengths[number], ends[i])
+            self.finished[number] = Row(
+                self.tokens[i, new].tolist(), self.order[i, new].tolist(), self.passes, self.processed[number]
+            )
+
+    def _select(self, keep: list[int], index: Tensor) -> None:
+        self.rows = [self.rows[i] for i in keep]
+        for name in ("tokens", "filled", "order", "start", "stop", "sure", "cached"):
+            setattr(self, name, getattr(self, name).index_select(0, index))
+        if self.cache is not None:
+            self.cache.select(index)
+
+    def _count(self, place: _Pass) -> None:
+        for row, cached, last in zip(self.rows, place.cached, place.last, strict=True):
+            prompt = self.prompt_lengths[row] if self.passes == 1 else 0
+            self.processed[row] += last - cached - prompt
+
+    def _step(self, place: _Pass) -> None:
+        """One pass: run the model, check drafts, fill slots, move the border of the cache."""
+        front, last = place.front_B, place.last_B
+        positions, shown = self._arrange(place.tokens, last)
+        # Rows before these are the prompt's, or the run's: nothing is predicted from them.
+        needed = place.sure if self.rules.verify else place.front
+        kept = place.tokens - min(n - c - self.rules.verify for n, c in zip(needed, place.cached, strict=True))
+        logits = self._forward(positions, shown, place, kept)
+        skipped = place.tokens - kept
+
+        filling = None
+        if place.slots:
+            slots = shown.sum(1, keepdim=True) + torch.arange(place.slots, device=shown.device)
+            there = slots < (last - self.cached)[:, None]
+            slots = torch.where(there, slots, positions.shape[1] - 1)
+            at = torch.where(there, positions.gather(1, slots), self.tokens.shape[1] - 1)
+            tokens, entropy = self._predict(_take(logits, slots - skipped))
+            filling = at, tokens, self._choose(entropy, at - front[:, None], there)
+        if self.rules.verify:
+            drafts = max(f - s for f, s in zip(place.front, place.sure, strict=True))
+            self._verify(logits, skipped, front, drafts + 1, filling)
+        else:
+            assert filling is not None, "a row that has not ended has a slot"
+            self._fill(*filling)
+            if self.cache is not None:
+                self.cached = front
+
+    def _arrange(self, count: int, last: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, Q] logical position of each token of the pass, and whether it is filled (else a slot, or padding at the end)."""
+        logical = self.cached[:, None] + torch.arange(count, device=last.device)
+        inside = logical < last[:, None]
+        logical = logical.clamp(max=self.tokens.shape[1] - 1)
+        filled = self.filled.gather(1, logical) & inside
+        rank = torch.where(inside, (~filled).long(), 2)
+        physical = rank.argsort(dim=1, stable=True)
+        return logical.gather(1, physical), filled.gather(1, physical)
+
+    def _forward(self, positions: Tensor, shown: Tensor, place: _Pass, kept: int) -> Tensor:
+        """[B, kept, V] logits of the last ``kept`` tokens of the pass."""
+        ids = torch.where(shown, self.tokens.gather(1, positions), self.rules.mask_token_id)
+        options: dict[str, Any] = {"logits_to_keep": kept} if self._keeps_logits else {}
+        if self.cache is not None:
+            self.cache.begin(self.cached, place.cached, ids.shape[1])
+        output = self.model(
+            input_ids=ids,
+            position_ids=positions,
+            attention_mask=self.masks(self.cached, positions, max(place.cached) + ids.shape[1]),
+            past_key_values=self.cache,
+            use_cache=self.cache is not None,
+            **options,
+        )
+        return output.logits[:, -kept:].to(ids.device)
+
+    def _predict(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, S, V] logits to [B, S] tokens and the entropies (nats) of the untempered distributions; the mask id is excluded."""
+        logits = self._without_mask(logits)
+        entropy = torch.special.entr(torch.softmax(logits, dim=-1)).sum(-1)
+        if not self.rules.temperature:
+            return logits.argmax(-1), entropy
+        kept = filter_logits(logits / self.rules.temperature, self.rules.top_k, self.rules.top_p)
+        drawn = torch.multinomial(torch.softmax(kept, dim=-1).flatten(0, 1), 1, generator=self.rules.generator)
+        return drawn.view(entropy.shape), entropy
+
+    def _without_mask(self, logits: Tensor) -> Tensor:
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
+        logits[..., self.rules.mask_token_id] = -torch.inf
+        return logits
+
+    def _choose(self, entropy: Tensor, distance: Tensor, there: Tensor) -> Tensor:
+        """[B, S] slots to fill: those below the threshold, else the lowest one."""
+        score = torch.where(there, entropy + self.rules.distance_penalty * distance, torch.inf)
+        below = score < self.rules.entropy_threshold
+        lowest = torch.arange(score.shape[1], device=score.device) == score.argmin(1, keepdim=True)
+        return torch.where(below.any(1, keepdim=True), below, lowest) & there
+
+    def _fill(self, at: Tensor, tokens: Tensor, chosen: Tensor) -> None:
+        """Put ``tokens`` [B, S] at the logical positions ``at`` where they are chosen."""
+        self.tokens.scatter_(1, at, torch.where(chosen, tokens, self.tokens.gather(1, at)))
+        self.order.scatter_(1, at, torch.where(chosen, self.passes, self.order.gather(1, at)))
+        self.filled.scatter_(1, at, chosen | self.filled.gather(1, at))
+
+    def _verify(
+        self, logits: Tensor, skipped: int, front: Tensor, count: int, filling: tuple[Tensor, Tensor, Tensor] | None
+    ) -> None:
+        """Check the drafts of the run by the greedy next tokens of the rows before them, of which there are up to ``count``."""
+        steps = torch.arange(count, device=front.device)
+        at = self.sure[:, None] + steps  # the positions that these rows choose the tokens of
+        rows = (at - 1 - self.cached[:, None] - skipped).clamp(max=logits.shape[1] - 1)
+        greedy = self._without_mask(_take(logits, rows)).argmax(-1)
+        drafted = at < front[:, None]
+        at = at.clamp(max=self.tokens.shape[1] - 1)
+        agrees = (self.tokens.gather(1, at) == greedy) & drafted
+        accepted = agrees.long().cumprod(1).sum(1, keepdim=True)
+        known = self.sure[:, None] + accepted  # the first position where they differ, or the one behind the run
+        choice = greedy.gather(1, accepted)
+        wrong = known < front[:, None]
+        if filling is not None:
+            slots, tokens, chosen = filling
+            # The slot right behind the run is checked at once.
+            differs = wrong | ((slots[:, :1] == known) & (tokens[:, :1] != choice))
+            self._fill(slots, tokens, chosen & ~differs)
+        else:
+            differs = wrong
+        # What was drafted behind a wrong token goes with it: kept, such drafts cost more passes than they save.
+        positions = torch.arange(self.tokens.shape[1], device=known.device)
+        self.filled &= ~(differs & (positions > known))
+        self._fill(known.clamp(max=self.tokens.shape[1] - 1), choice, known < self.stop[:, None])
+        self.sure = known[:, 0] + 1
+        if self.cache is not None:
+            self.cached = known[:, 0]
+
+
+class AttentionMasks:
+    """Writes the causal rule of a pass for a model: one 4-D mask per kind of layer.
+
+    Raises:
+        ValueError: the model's attention takes no such masks, or its layers follow other rules.
+    """
+
+    def __init__(self, base: Any) -> None:
+        own = base.config._attn_implementation
+        if own not in ("sdpa", "eager") and not is_routed(base):
+            raise ValueError(
+                f"decoding in parallel needs an attention that takes 4-D masks (sdpa, eager), and the model uses {own!r}; load "
+                "it with attn_implementation='sdpa'"
+            )
+        self.dtype = base.dtype if own == "eager" else torch.bool
+        self.windows = layer_windows(base.config)
+
+    def __call__(self, cached: Tensor, positions: Tensor, columns: int) -> Tensor | dict[str, Tensor]:
+        """Mask(s) [B, 1, Q, C] for tokens at ``positions`` [B, Q] that stand behind ``cached`` [B] others."""
+        column = torch.arange(columns, device=positions.device)
+        own = cached[:, None] + torch.arange(positions.shape[1], device=positions.device)
+        causal = column <= own[:, :, None]
+        masks = {}
+        for kind, window in self.windows.items():
+            allowed = causal
+            if window is not None:
+                logical = column.expand(len(cached), -1).scatter(1, own, positions)
+                allowed = causal & (positions[:, :, None] - logical[:, None, :] < window)
+            masks[kind] = self._write(allowed[:, None])
+        return masks if len(masks) > 1 else next(iter(masks.values()))
+
+    def _write(self, allowed: Tensor) -> Tensor:
+        """Bool as it is; for eager attention, which adds its mask, 0 or the type's minimum."""
+        if self.dtype == torch.bool:
+            return allowed
+        mask = torch.zeros(allowed.shape, dtype=self.dtype, device=allowed.device)
+        return mask.masked_fill_(~allowed, torch.finfo(self.dtype).min)
+
+
+def input_device(base: Any) -> torch.device:
+    """Where token ids have to be."""
+    return base.get_input_embeddings().weight.device
+
+
+def filter_logits(logits: Tensor, top_k: int, top_p: float) -> Tensor:
+    """[..., V] logits with -inf for all but the ``top_k`` largest (0: all), and of these all but the smallest set of tokens
+    that together have a probability of at least ``top_p`` (nucleus sampling, arXiv 1904.09751)."""
+    if 0 < top_k < logits.shape[-1]:
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[..., -1:], -torch.inf)
+    if top_p < 1.0:
+        descending, index = logits.sort(dim=-1, descending=True)
+        probability = torch.softmax(descending, dim=-1)
+        before = probability.cumsum(-1) - probability
+        logits = logits.masked_fill((before >= top_p).gather(-1, index.argsort(-1)), -torch.inf)
+    return logits
+
+
+def _take(logits: Tensor, rows: Tensor) -> Tensor:
+    """[B, Q, V], [B, R] to [B, R, V]."""
+    return logits.gather(1, rows.clamp(min=0)[:, :, None].expand(-1, -1, logits.shape[-1]))

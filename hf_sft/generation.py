@@ -1,0 +1,220 @@
+"""Decoding of WeDLM networks: several tokens per forward pass (arXiv 2512.22737)."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from numbers import Integral
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_sft.decoding.passes import Decoder, Rules, input_device
+from hf_sft.models.mask_token import recorded_mask_token
+from hf_sft.models.vocabulary import vocabulary_rows
+from hf_sft.models.wrappers import base_model, evaluating
+
+logger = logging.getLogger(__name__)
+
+Prompt = Sequence[int] | Tensor
+
+
+@dataclass(frozen=True)
+class WeDLMOutput:
+    """What was decoded, one entry per prompt.
+
+    Attributes:
+        sequences: the new tokens; an end of turn is the last of them.
+        forwards: passes through the network; the first one, which also takes the prompt, counts.
+        order: for each new token, the number of the pass (from 1) after which it was filled: the decoding order.
+        processed: tokens and mask slots that went through the network, repeated ones each time, but for the prompt's first time.
+    """
+
+    sequences: list[list[int]]
+    forwards: list[int]
+    order: list[list[int]]
+    processed: list[int]
+
+    @property
+    def tokens_per_forward(self) -> float:
+        """New tokens per pass, over all rows; 1 is autoregressive decoding."""
+        return sum(map(len, self.sequences)) / sum(self.forwards)
+
+    @property
+    def prefix_cacheability(self) -> float:
+        """New tokens per token instance that the network processed after the prompt, over all rows (arXiv 2512.22737).
+
+        1 when nothing is computed twice; a window of mask slots that are computed again and again lowers it.
+        """
+        return sum(map(len, self.sequences)) / sum(self.processed)
+
+
+def generate_wedlm(
+    model: Any,
+    prompts: Prompt | Sequence[Prompt],
+    *,
+    mask_token_id: int | None = None,
+    eos_token_id: int | Sequence[int] | None = None,
+    max_new_tokens: int = 256,
+    window: int = 16,
+    entropy_threshold: float = 0.4,
+    distance_penalty: float = 0.02,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    verify: bool = False,
+    use_cache: bool = True,
+    generator: torch.Generator | None = None,
+    seed: int | None = None,
+) -> WeDLMOutput:
+    """Decode by streaming parallel decoding (WeDLM, arXiv 2512.22737).
+
+    Each pass takes the filled tokens that continue the prefix (the run), then the tokens already filled in the ``window``
+    positions behind it, then mask slots for the others, all at their logical positions, under causal attention. The run stays in
+    the key-value cache; every slot's own logits predict its own token. Filled are the slots where the entropy in nats plus
+    ``distance_penalty`` times the distance from the first slot lies below ``entropy_threshold``, or else the one where this sum
+    is smallest. Nothing behind a filled end of turn is decoded. The prompt goes through together with the first window: that
+    is pass 1.
+
+    With ``verify`` the result is that of greedy autoregressive decoding without the mask id, token for token: what the slots
+    predict are drafts, and the next pass, which takes them as its run, also has the next-token logits that each must agree with.
+    The first one that does not is replaced, and what was drafted behind it is dropped. At least one token per pass is certain.
+    Window, threshold and penalty decide how much is drafted, not what comes out; a wrong draft costs little, so a higher
+    threshold (even ``math.inf``: all slots) often saves passes. In 16-bit types two passes of different widths may round a tie
+    between tokens differently.
+
+    Args:
+        model: a causal LM trained as WeDLM, bare or with PEFT. Its mode is put back afterwards.
+        prompts: token ids of one prompt or of several; they may differ in length.
+        mask_token_id: stands at mask slots and is never written; default: what the model was saved with.
+        eos_token_id: one or several ends of turn; default: the generation config's. Without any, rows run to ``max_new_tokens``.
+        max_new_tokens: per prompt, the end of turn included.
+        window: positions beyond the run that are looked at in one pass, as the official engine counts them.
+        temperature: 0 takes the most probable token; else tokens are drawn from logits / temperature.
+        top_p, top_k: draw from the most probable tokens only (1 and 0: from all), after the temperature, top_k first.
+        use_cache: without, each pass recomputes everything; the tokens are the same.
+        generator, seed: of the draws. Draws of a batch are not those of its prompts one by one.
+
+    Raises:
+        ValueError: an argument out of its range, no mask token, a prompt without tokens or with unknown ones, a model whose
+            attention takes no masks.
+    """
+    base = base_model(model)
+    prompt_rows = _prompt_rows(prompts, vocabulary_rows(base))
+    _check_numbers(max_new_tokens, window, entropy_threshold, distance_penalty)
+    check_sampling(temperature, top_p, top_k)
+    if verify and temperature:
+        raise ValueError(
+            f"verify drafts for greedy decoding, and temperature is {temperature!r}; set temperature to 0, or leave out verify"
+        )
+    draws = _generator(base, generator, seed)
+    eos = stop_tokens(base, eos_token_id)
+    mask = _mask_token(base, mask_token_id, eos)
+    _check_model(base, max(map(len, prompt_rows)) + max_new_tokens)
+    rules = Rules(mask, eos, window, entropy_threshold, distance_penalty, temperature, top_p, top_k, verify, draws)
+    with torch.no_grad(), evaluating(model):
+        rows = Decoder(model, prompt_rows, max_new_tokens, rules, use_cache).run()
+    tokens, order = [row.tokens for row in rows], [row.order for row in rows]
+    return WeDLMOutput(tokens, [row.forwards for row in rows], order, [row.processed for row in rows])
+
+
+def _prompt_rows(prompts: Any, vocabulary: int) -> list[list[int]]:
+    """One list of ids per prompt."""
+    if isinstance(prompts, (str, bytes)):
+        raise ValueError("prompts is text; give token ids, as tokenizer.apply_chat_template returns them")
+    rows = prompts.tolist() if isinstance(prompts, Tensor) else list(prompts)
+    if not rows:
+        raise ValueError("prompts is empty; give at least one prompt with at least one token (a BOS, say)")
+    if not isinstance(rows[0], (list, tuple, Tensor)):
+        rows = [rows]
+    rows = [row.tolist() if isinstance(row, Tensor) else list(row) for row in rows]
+    for number, row in enumerate(rows):
+        if not row:
+            raise ValueError(f"prompt {number} has no tokens; give it at least one (a BOS, say)")
+        for token in row:
+            if not isinstance(token, Integral) or isinstance(token, bool) or not 0 <= int(token) < vocabulary:
+                raise ValueError(
+                    f"prompt {number} holds {token!r}; token ids are whole numbers from 0 to {vocabulary - 1}, the rows of the "
+                    "model's vocabulary"
+                )
+    return [[int(token) for token in row] for row in rows]
+
+
+def _generator(base: Any, given: torch.Generator | None, seed: int | None) -> torch.Generator | None:
+    if seed is None:
+        return given
+    if given is not None:
+        raise ValueError("generator and seed both set the draws; give one of them")
+    return torch.Generator(input_device(base)).manual_seed(seed)
+
+
+def _check_numbers(max_new_tokens: int, window: int, entropy_threshold: float, distance_penalty: float) -> None:
+    for name, count in (("max_new_tokens", max_new_tokens), ("window", window)):
+        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+            raise ValueError(f"{name} is {count!r}; it must be a whole number of at least 1")
+    if not entropy_threshold >= 0:
+        raise ValueError(
+            f"entropy_threshold is {entropy_threshold!r}; it must be at least 0 nats (0 fills one slot per pass, inf all)"
+        )
+    if not 0 <= distance_penalty < math.inf:
+        raise ValueError(
+            f"distance_penalty is {distance_penalty!r}; it must be at least 0 nats per position, and finite"
+        )
+
+
+def check_sampling(temperature: float, top_p: float, top_k: int) -> None:
+    """Raise ValueError for what no token can be drawn by."""
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature is {temperature!r}; it must be 0 (the most probable token) or a positive number")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p is {top_p!r}; it must lie above 0 and be at most 1 (1: no limit)")
+    if not isinstance(top_k, int) or isinstance(top_k, bool) or top_k < 0:
+        raise ValueError(f"top_k is {top_k!r}; it must be a whole number of at least 0 (0: no limit)")
+    if not temperature and (top_p < 1 or top_k):
+        raise ValueError(
+            "top_p and top_k limit what is drawn, and temperature 0 draws nothing; set temperature, or leave them out"
+        )
+
+
+def stop_tokens(base: Any, given: int | Sequence[int] | None = None) -> tuple[int, ...]:
+    """The ends of turn: ``given``, else the generation config's; without any, an empty tuple."""
+    if given is None:
+        given = getattr(base.generation_config, "eos_token_id", None)
+    if given is None:
+        return ()
+    return (given,) if isinstance(given, int) else tuple(int(token) for token in given)
+
+
+def _mask_token(base: Any, given: int | None, eos: Sequence[int]) -> int:
+    token = recorded_mask_token(base) if given is None else given
+    if token is None:
+        raise ValueError(
+            "the model names no mask token, so it was not trained as WeDLM; give mask_token_id, or decode it by model.generate"
+        )
+    rows = vocabulary_rows(base)
+    if not 0 <= token < rows:
+        raise ValueError(f"mask_token_id is {token}; it must be one of the model's {rows} vocabulary rows")
+    if token in eos:
+        raise ValueError(
+            f"token {token} is both the mask token and an end of turn; set mask_token_id or eos_token_id to another"
+        )
+    return token
+
+
+def _check_model(base: Any, positions: int) -> None:
+    config = base.config.get_text_config()
+    if getattr(base, "_is_stateful", False) or config.is_encoder_decoder:
+        raise ValueError(
+            f"a {config.model_type} model keeps a state or an encoder instead of a causal key-value cache and cannot be decoded "
+            "in parallel; use model.generate"
+        )
+    known = getattr(config, "max_position_embeddings", None)
+    if isinstance(known, int) and 0 < known < positions:
+        logger.warning(
+            "The longest prompt and max_new_tokens together have %d positions, and the model was made for %d.",
+            positions,
+            known,
+        )

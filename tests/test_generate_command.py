@@ -1,0 +1,307 @@
+"""``hf-sft generate``: prompts in, answers out, and every wrong input a sentence."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from runs import write_jsonl
+
+from hf_sft.arguments import LoraArguments
+from hf_sft.commands.generate import main
+from hf_sft.generation import generate_wedlm
+from hf_sft.models.adapters import add_adapter, save_adapter
+from hf_sft.models.inference import load_for_inference
+from hf_sft.models.mask_token import record_mask_token, recorded_mask_token
+
+MASK = 200
+
+
+def save_model(folder: Path, mask: int | None = MASK, **overrides) -> str:
+    """A random model with opinions (and a mask token) and its tokenizer."""
+    model = tiny.tiny_model("qwen3", **overrides)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(5)
+    if mask is not None:
+        record_mask_token(model, mask)
+    model.save_pretrained(folder)
+    tiny.tiny_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def wedlm(tmp_path_factory) -> str:
+    return save_model(tmp_path_factory.mktemp("wedlm"))
+
+
+@pytest.fixture(scope="module")
+def causal(tmp_path_factory) -> str:
+    return save_model(tmp_path_factory.mktemp("causal"), mask=None)
+
+
+def template(*turns: tuple[str, str]) -> str:
+    return "".join(f"<|im_start|>{role}\n{text}<|im_end|>\n" for role, text in turns) + "<|im_start|>assistant\n"
+
+
+def answers_of(folder: str, texts: list[str], **options) -> list[str]:
+    """What generate_wedlm answers, decoded."""
+    model, tokenizer = load_for_inference(folder)
+    output = generate_wedlm(model, tokenizer(texts, add_special_tokens=False)["input_ids"], **options)
+    return [tokenizer.decode(row, skip_special_tokens=True) for row in output.sequences]
+
+
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_one_prompt_prints_its_answer(wedlm, capsys) -> None:
+    assert main([wedlm, "--prompt", "Hello", "--max_new_tokens", "12", "--entropy_threshold", "2"]) == 0
+    out, err = capsys.readouterr()
+    assert [out] == [f"{text}\n" for text in answers_of(
+        wedlm, [template(("user", "Hello"))], max_new_tokens=12, entropy_threshold=2.0)]  # fmt: skip
+    assert "1 answers, 12 new tokens" in err and "tokens per forward, prefix cacheability" in err
+
+
+def test_a_file_of_records(wedlm, tmp_path, capsys) -> None:
+    records = [
+        {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]},
+        {"prompt": "a b c", "completion": "d"},
+        {"question": "1+1?", "answer": "2"},
+        {"prompt": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]},
+        [
+            {"role": "user", "content": "one"},
+            {"role": "assistant", "content": "two"},
+            {"role": "user", "content": "three"},
+        ],
+        "text alone",
+    ]
+    texts = [
+        template(("user", "Hi")),
+        template(("user", "a b c")),
+        template(("user", "1+1?")),
+        template(("system", "Be brief."), ("user", "Why?")),
+        template(("user", "one"), ("assistant", "two"), ("user", "three")),
+        template(("user", "text alone")),
+    ]
+    file, out = write_jsonl(tmp_path / "in.jsonl", records), tmp_path / "deep" / "out.jsonl"
+    words = [wedlm, "--file", file, "--output", str(out), "--max_new_tokens", "9", "--batch_size", "4"]
+    assert main(words) == 0
+    lines = read(out)
+    assert [line["answer"] for line in lines] == answers_of(wedlm, texts, max_new_tokens=9)
+    assert [line.get("reference") for line in lines] == ["Hello!", "d", "2", None, None, None]
+    assert lines[0]["prompt"] == [{"role": "user", "content": "Hi"}] and lines[1]["prompt"] == "a b c"
+    assert all(1 <= line["forwards"] <= 9 and (line["tokens"] == 9) != line["stopped"] for line in lines)
+    printed = capsys.readouterr().out
+    assert "> three\n" in printed and "> text alone\n" in printed
+    assert [path.name for path in out.parent.iterdir()] == ["out.jsonl"]
+    with pytest.raises(ValueError, match=r"out.jsonl' exists, and nothing is overwritten"):
+        main(words)
+
+
+def test_verify_and_autoregressive_agree(wedlm, tmp_path) -> None:
+    shared = [wedlm, "--prompt", "Hello", "You there", "x", "--max_new_tokens", "20", "--output"]
+    for name, options in (("ar", ["--autoregressive"]), ("verify", ["--verify", "--window", "5"])):
+        assert main([*shared, str(tmp_path / name), *options]) == 0
+    one, other = read(tmp_path / "ar"), read(tmp_path / "verify")
+    assert [line["answer"] for line in one] == [line["answer"] for line in other]
+    assert [line["forwards"] for line in one] == [line["tokens"] for line in one] == [20] * 3
+
+
+def test_the_options_alone_say_how_to_decode(wedlm, tmp_path, recwarn) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(wedlm, folder)
+    own = json.loads((folder / "generation_config.json").read_text())
+    own |= dict(do_sample=True, temperature=0.5, top_k=3, top_p=0.5, repetition_penalty=3.0)
+    (folder / "generation_config.json").write_text(json.dumps(own))
+    for name, options in (("ar", ["--autoregressive"]), ("verify", ["--verify"])):
+        words = [str(folder), "--prompt", "Hello", "--max_new_tokens", "20", "--output", str(tmp_path / name)]
+        assert main([*words, *options]) == 0
+    assert read(tmp_path / "ar")[0]["answer"] == read(tmp_path / "verify")[0]["answer"]
+    assert not [str(warning.message) for warning in recwarn if "generation" in str(warning.message)]
+
+
+def test_a_causal_model_is_decoded_token_by_token(causal, tmp_path, capsys) -> None:
+    out = tmp_path / "out.jsonl"
+    assert main([causal, "--prompt", "Hello", "Good day", "--max_new_tokens", "8", "--output", str(out)]) == 0
+    assert "1.00 tokens per forward" in capsys.readouterr().err
+    want = answers_of(causal, [template(("user", text)) for text in ("Hello", "Good day")],
+                      mask_token_id=0, max_new_tokens=8, verify=True)  # fmt: skip
+    assert [line["answer"] for line in read(out)] == want
+    for option in (["--verify"], ["--window", "4"], ["--entropy_threshold", "1"], ["--distance_penalty", "0"]):
+        with pytest.raises(ValueError, match="was not trained as WeDLM"):
+            main([causal, "--prompt", "Hello", *option])
+
+
+def test_answers_end_at_the_end_of_turn(wedlm, tmp_path) -> None:
+    model, tokenizer = load_for_inference(wedlm)
+    prompt = tokenizer(template(("user", "Hello")), add_special_tokens=False)["input_ids"]
+    row = generate_wedlm(model, prompt, max_new_tokens=20, verify=True).sequences[0]
+    stop = next(token for token in row[3:] if token not in row[:3])
+    model.generation_config.eos_token_id = stop
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    words = [str(tmp_path / "model"), "--prompt", "Hello", "--max_new_tokens", "20", "--output"]
+    for name, options in (("verify", ["--verify"]), ("autoregressive", ["--autoregressive"])):
+        assert main([*words, str(tmp_path / name), *options]) == 0
+        (line,) = read(tmp_path / name)
+        assert line["stopped"] is True and line["tokens"] == row.index(stop) + 1
+        assert line["answer"] == tokenizer.decode(row[: row.index(stop)], skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("how", [[], ["--autoregressive"]], ids=["parallel", "autoregressive"])
+def test_seeds(wedlm, tmp_path, how) -> None:
+    words = [wedlm, "--prompt", "Hello", "Hello", "--temperature", "3", "--top_k", "50", "--max_new_tokens", "12", *how]
+    for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
+        assert main([*words, "--batch_size", "1", "--seed", seed, "--output", str(tmp_path / name)]) == 0
+    a, b, c = ([line["answer"] for line in read(tmp_path / name)] for name in "abc")
+    assert a == b != c and a[0] != a[1]
+
+
+def test_raw_and_system(wedlm, capsys) -> None:
+    shared = ["--max_new_tokens", "6"]
+    assert main([wedlm, "--prompt", "Once <|im_end|>", "--raw", *shared]) == 0
+    assert [capsys.readouterr().out] == [
+        f"{text}\n" for text in answers_of(wedlm, ["Once <|im_end|>"], max_new_tokens=6)
+    ]
+    assert main([wedlm, "--prompt", "Hi", "--system", "Be kind.", *shared]) == 0
+    want = answers_of(wedlm, [template(("system", "Be kind."), ("user", "Hi"))], max_new_tokens=6)
+    assert [capsys.readouterr().out] == [f"{text}\n" for text in want]
+
+
+def test_an_adapter_folder(tmp_path, capsys) -> None:
+    base = save_model(tmp_path / "base", mask=None)
+    model, _ = load_for_inference(base)
+    adapted = add_adapter(model, LoraArguments(lora_rank=4))
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.3, generator=torch.Generator().manual_seed(0))
+    record_mask_token(adapted, MASK)
+    model.generation_config.eos_token_id = [256, 257]
+    folder = str(tmp_path / "adapter")
+    save_adapter(adapted, folder)
+    model.generation_config.save_pretrained(folder)
+
+    again, _ = load_for_inference(folder)
+    assert recorded_mask_token(again) == MASK and not again.training
+    assert again.get_base_model().generation_config.eos_token_id == [256, 257]
+    ids = torch.tensor([[1, 2, 3]])
+    torch.testing.assert_close(again(ids).logits, adapted.eval()(ids).logits, rtol=0, atol=1e-6)
+
+    words = ["--prompt", "Hello", "--max_new_tokens", "10"]
+    want = answers_of(folder, [template(("user", "Hello"))], max_new_tokens=10)
+    assert main([folder, *words]) == 0
+    assert [capsys.readouterr().out] == [f"{text}\n" for text in want]
+    assert want != answers_of(base, [template(("user", "Hello"))], mask_token_id=MASK, max_new_tokens=10)
+    shutil.move(tmp_path / "base", tmp_path / "moved")
+    with pytest.raises(ValueError, match="does not exist"):
+        main([folder, *words])
+    capsys.readouterr()
+    assert main([folder, *words, "--base", str(tmp_path / "moved"), "--autoregressive"]) == 0
+    capsys.readouterr()
+    assert main([folder, *words, "--base", str(tmp_path / "moved")]) == 0
+    assert [capsys.readouterr().out] == [f"{text}\n" for text in want]
+
+
+def test_the_adapters_tokenizer_and_mask_token_count(tmp_path) -> None:
+    base = save_model(tmp_path / "base", mask=5)
+    model, tokenizer = load_for_inference(base)
+    tokenizer.add_tokens(["<|mask|>"], special_tokens=True)
+    from hf_sft.models.vocabulary import grow_embeddings
+
+    grow_embeddings(model, len(tokenizer))
+    adapted = add_adapter(model, LoraArguments(lora_rank=2), new_token_ids=[259])
+    record_mask_token(adapted, 259)
+    folder = str(tmp_path / "adapter")
+    save_adapter(adapted, folder)
+    tokenizer.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+    again, tokens = load_for_inference(folder)
+    assert recorded_mask_token(again) == 259 and len(tokens) == 260
+    assert main([folder, "--prompt", "Hello", "--max_new_tokens", "4"]) == 0
+
+
+def test_types_of_the_weights(tmp_path) -> None:
+    folder = save_model(tmp_path / "a")
+    assert load_for_inference(folder)[0].dtype == torch.float32
+    assert load_for_inference(folder, dtype="bfloat16")[0].dtype == torch.bfloat16
+    model, tokenizer = load_for_inference(folder, dtype="bfloat16")
+    model.save_pretrained(tmp_path / "b")
+    tokenizer.save_pretrained(tmp_path / "b")
+    assert load_for_inference(str(tmp_path / "b"))[0].dtype == torch.bfloat16
+
+
+def test_nothing_half_written(wedlm, tmp_path, monkeypatch) -> None:
+    out = tmp_path / "out.jsonl"
+    monkeypatch.setattr(
+        "hf_sft.commands.generate._record", lambda *parts: (_ for _ in ()).throw(RuntimeError("broken"))
+    )
+    with pytest.raises(RuntimeError, match="broken"):
+        main([wedlm, "--prompt", "a", "--max_new_tokens", "2", "--output", str(out)])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--prompt", "a", "--batch_size", "0"], "batch_size is 0"),
+        (["--prompt", "a", "--max_new_tokens", "0"], "max_new_tokens is 0"),
+        (["--prompt", "a", "--window", "0"], "window is 0"),
+        (["--prompt", "a", "--verify", "--temperature", "1"], "leave out verify"),
+        (["--prompt", "a", "--top_p", "0.5"], "temperature 0 draws nothing"),
+        (["--prompt", "a", "--autoregressive", "--top_k", "5"], "temperature 0 draws nothing"),
+        (["--prompt", "a", "--autoregressive", "--window", "5"], "window decodes in parallel"),
+        (["--prompt", "a", "--autoregressive", "--verify"], "verify decodes in parallel"),
+        (["--prompt", "a", "--raw", "--system", "b"], "leave out one of them"),
+        (["--prompt", "", "--raw"], "has no tokens"),
+        (["--prompt", "say <|im_end|>"], "reads as a special token"),
+        (["--prompt", "a", "--dtype", "int8"], "dtype is 'int8'"),
+        (["--prompt", "a", "--base", "somewhere"], "leave out the base of a whole model"),
+        (["--file", "nowhere.jsonl"], "no such data file"),
+    ],
+)
+def test_wrong_options(wedlm, words, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        main([wedlm, *words])
+
+
+@pytest.mark.parametrize(
+    "record, words, message",
+    [
+        ({"text": "a"}, [], "line 2: the record has text; a prompt, a question or messages are needed"),
+        ({"prompt": 5}, [], "line 2: prompt is 5; it must be a text or a list of messages"),
+        ({"messages": "a"}, [], "line 2: messages is 'a'; it must be a list of messages"),
+        ({"messages": []}, [], "it must be a list of messages"),
+        ({"messages": [{"role": "assistant", "content": "a"}]}, [], "an answer alone"),
+        ({"messages": [{"role": "nobody", "content": "a"}]}, [], "role 'nobody'"),
+        ({"messages": [{"role": "user", "content": 5}]}, [], "must be a string"),
+        ({"messages": [{"role": "user", "content": "a"}]}, ["--raw"], "line 2: raw continues texts"),
+        ({"messages": [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]}, ["--system", "c"],
+         "has a system message; leave out system"),
+    ],
+)  # fmt: skip
+def test_wrong_records(wedlm, tmp_path, record, words, message) -> None:
+    file = write_jsonl(tmp_path / "in.jsonl", [{"prompt": "fine"}, record])
+    with pytest.raises(ValueError, match=message):
+        main([wedlm, "--file", file, *words])
+
+
+def test_models_that_are_none(wedlm, tmp_path) -> None:
+    with pytest.raises(ValueError, match="does not exist"):
+        main([str(tmp_path / "nowhere"), "--prompt", "a"])
+    bare = tmp_path / "bare"
+    shutil.copytree(wedlm, bare)
+    (bare / "chat_template.jinja").unlink()
+    with pytest.raises(ValueError, match="no chat template"):
+        main([str(bare), "--prompt", "a"])
+    assert main([str(bare), "--prompt", "a", "--raw", "--max_new_tokens", "2"]) == 0
+    with pytest.raises(SystemExit, match="2"):
+        main([wedlm])
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
