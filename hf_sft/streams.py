@@ -70,7 +70,7 @@ def group_blocks(stream: NoisyStream, most: int = 128) -> list[Group]:
     for start, end in itertools.pairwise(borders):
         anchor = int(stream.anchor[start])
         if groups and groups[-1].length + end - start <= most:
-            groups[-1] = Group(groups[-1].length + end - start, anchor)
+            groups[-1] = Group(groups[-1].length + end - start, anchor, groups[-1].lower)
         else:
-            groups.append(Group(end - start, anchor))
+            groups.append(Group(end - start, anchor, anchor))
     return groups

@@ -8,17 +8,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_sft.collators import CausalCollator, WeDLMCollator
-from hf_sft.noise import MaskRule, document_generator, draw_mask
+from hf_sft.collators import CausalCollator, WeDLMCollator, WeDLMEvalCollator
+from hf_sft.noise import MaskRule
 
-KINDS = ["causal", "elided", "full"]  # clean streams only; with noisy streams, elided or whole
+# Clean streams only; with noisy streams, elided or whole; with the two elided noisy streams of an evaluation.
+KINDS = ["causal", "elided", "full", "measured"]
 MASK_ID = 258
 
 
 class Token(NamedTuple):
     doc: int
     pos: int
-    block: int | None  # None: in a clean stream
+    block: tuple[int, int] | None  # noisy stream and block; None: in a clean stream
     limit: int
 
 
@@ -43,8 +44,12 @@ def packed(kind: str, lengths: list[int], block_size: int, seed: int = 0) -> dic
     """One packed batch of ``kind``."""
     if kind == "causal":
         return CausalCollator()([token_rows(lengths, seed)])
-    collator = WeDLMCollator(MASK_ID, MaskRule(block_size), seed=seed, elide=kind == "elided")
-    return collator([token_rows(lengths, seed)])
+    return noisy_collator(kind, block_size, seed)([token_rows(lengths, seed)])
+
+
+def noisy_collator(kind: str, block_size: int, seed: int) -> WeDLMCollator:
+    make = WeDLMEvalCollator if kind == "measured" else WeDLMCollator
+    return make(MASK_ID, MaskRule(block_size), seed=seed, elide=kind != "full")
 
 
 def tokens(kind: str, lengths: list[int], block_size: int, seed: int = 0) -> list[Token]:
@@ -55,18 +60,19 @@ def tokens(kind: str, lengths: list[int], block_size: int, seed: int = 0) -> lis
         made += [Token(doc, pos, None, pos + 1) for pos in range(length)]
         if kind == "causal":
             continue
-        masked = draw_mask(row["labels"] != -100, MaskRule(block_size), document_generator(seed, 0, doc)).masked
-        for start in range(0, length, block_size):
-            block = range(start, min(start + block_size, length))
-            slots = [pos for pos in block if masked[pos]]
-            observed = [pos for pos in block if not masked[pos]]
-            anchor = start
-            if kind == "elided":
-                if not slots:
-                    continue
-                anchor = slots[0]
-                observed = [pos for pos in observed if pos > anchor]
-            made += [Token(doc, pos, start // block_size, anchor) for pos in observed + slots]
+        masks = noisy_collator(kind, block_size, seed)._masks(row["labels"] != -100, 0, doc)
+        for stream, (mask, _) in enumerate(masks):
+            for start in range(0, length, block_size):
+                block = range(start, min(start + block_size, length))
+                slots = [pos for pos in block if mask.masked[pos]]
+                observed = [pos for pos in block if not mask.masked[pos]]
+                anchor = start
+                if kind != "full":
+                    if not slots:
+                        continue
+                    anchor = slots[0]
+                    observed = [pos for pos in observed if pos > anchor]
+                made += [Token(doc, pos, (stream, start // block_size), anchor) for pos in observed + slots]
     return made
 
 

@@ -43,16 +43,16 @@ Made = TypeVar("Made")
 class Group(NamedTuple):
     """Consecutive blocks of a document's noisy stream that a backend handles together.
 
-    Anchors rise from block to block, and a block's tokens are those from its anchor to its end: the previous group's ``clean``
-    is a lower bound of this group's anchors and positions, ``clean + length`` an upper one.
-
     Attributes:
         length: tokens of the group.
         clean: largest anchor among them: the clean tokens that the group can see.
+        lower: smallest anchor among them. A block's tokens are those from its anchor to its end, so that all positions of the
+            group lie between ``lower`` and ``clean + length``.
     """
 
     length: int
     clean: int
+    lower: int
 
 
 @dataclass(frozen=True)

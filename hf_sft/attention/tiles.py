@@ -88,11 +88,12 @@ def _runs(layout: Layout) -> _Runs:
     pieces = layout.pieces if layout.pieces is not None else [(length, []) for length in layout.doc_lengths]
     first = 0
     for length, groups in pieces:
-        row, lower = first + length, 0
+        row = first + length
         rows.append((first, row, first, -1, 0, 0))
         for group in groups:
-            rows.append((row, row + group.length, first, lower, group.clean, min(length, group.clean + group.length)))
-            row, lower = row + group.length, group.clean
+            upper = min(length, group.clean + group.length)
+            rows.append((row, row + group.length, first, group.lower, group.clean, upper))
+            row += group.length
         first = row
     columns = np.array(rows, dtype=np.int64).reshape(-1, 6)
     return _Runs(*columns[columns[:, 0] < columns[:, 1]].T)
