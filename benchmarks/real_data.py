@@ -17,7 +17,7 @@ from pathlib import Path
 from records import write_record
 
 ROOT = Path(__file__).resolve().parents[1]
-NAMES = ["stories260k-gsm8k-full", "stories260k-gsm8k-lora", "qwen3-tiny-gsm8k"]
+NAMES = ["stories260k-gsm8k-full", "stories260k-gsm8k-lora", "qwen3-tiny-gsm8k", "stories260k-gsm8k-wedlm"]
 
 
 def measure(name: str) -> dict:
@@ -43,7 +43,8 @@ def measure(name: str) -> dict:
         **{
             f"{key}_{when}": line[f"eval_{key}"]
             for when, line in (("before", before), ("after", after))
-            for key in ("loss", "perplexity", "token_accuracy")
+            for key in ("loss", "perplexity", "token_accuracy", "any_order_bound", "masked_accuracy")
+            if f"eval_{key}" in line
         },
     }
 

@@ -78,11 +78,9 @@ def test_full_tiles_are_full_and_few_tiles_are_empty(
         # The host knows the limits of a group's rows up to the span of their anchors, on each of the tiles it stands in.
         span = 0
         for length, groups in layout.pieces or []:
-            lower = 0
             for group in groups:
-                spread = min(length, group.clean + group.length) - lower
+                spread = min(length, group.clean + group.length) - group.lower
                 span += (spread // TILE + 2) * (group.length // TILE + 2)
-                lower = group.clean
         assert (partial | full).sum() - (count > 0).sum() <= span
         assert (count == TILE * TILE).sum() - full.sum() <= span
 

@@ -328,3 +328,35 @@ def test_official_code_is_not_run(tmp_path) -> None:
     folder = renamed(tmp_path / "official", "qwen3")
     with pytest.raises(ValueError, match="set trust_remote_code to false"):
         load_model(ModelArguments(model_name_or_path=folder, trust_remote_code=True))
+
+
+# ---- from Python ----
+
+
+def test_a_new_mask_token_gets_a_row_from_python_too(tmp_path, caplog) -> None:
+    from peft import LoraConfig
+
+    chats = tiny.conversations(12)
+    args = TrainingArguments(output_dir=str(tmp_path), max_steps=2, use_cpu=True, disable_tqdm=True, save_strategy="no")
+    options = {"train_dataset": chats, "data_args": DATA, "wedlm_args": WeDLMArguments(8, mask_token="<|mask|>")}
+    trainer = SFTTrainer(tiny.tiny_model("qwen3"), args, processing_class=tiny.tiny_tokenizer(), **options)
+    assert trainer.embedding_rows == 260 and recorded_mask_token(trainer.model) == 259
+    trainer.train()
+    lora = LoraConfig(target_modules=["q_proj"])
+    with pytest.raises(ValueError, match="name the token's id in trainable_token_indices"):
+        SFTTrainer(tiny.tiny_model("qwen3"), args, processing_class=tiny.tiny_tokenizer(), peft_config=lora, **options)
+    options["wedlm_args"] = WEDLM
+    rows = {**options, "train_dataset": token_rows(4)}
+    SFTTrainer(tiny.tiny_model("qwen3"), args, peft_config=lora, **rows)
+    assert "the row of the mask token 258 is not trained" in caplog.text
+    caplog.clear()
+    trained_row = LoraConfig(target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [258]})
+    SFTTrainer(tiny.tiny_model("qwen3"), args, peft_config=trained_row, **rows)
+    assert "is not trained" not in caplog.text
+
+
+def test_flex_does_not_train_on_a_cpu(tmp_path) -> None:
+    with pytest.raises(ValueError, match="no backward pass: choose auto"):
+        make_trainer(tmp_path, attention_backend="flex")
+    with pytest.raises(ValueError, match="needs MagiAttention"):
+        make_trainer(tmp_path, attention_backend="magi")

@@ -16,6 +16,7 @@ class Dense:
     """The rule as a 4-D mask [1, 1, T, T] per kind of layer, through the model's own attention."""
 
     name = "dense"
+    half_only = False
 
     def install(self, model: PreTrainedModel) -> None:
         own = model.config._attn_implementation

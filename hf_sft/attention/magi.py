@@ -154,6 +154,7 @@ class Magi(Routed):
     """MagiAttention's kernel over ranges."""
 
     name = "magi"
+    half_only = True
     function = staticmethod(magi_attention)
 
     def install(self, model: PreTrainedModel) -> None:

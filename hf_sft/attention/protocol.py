@@ -23,9 +23,15 @@ _PREFIX = "hf_sft_"
 
 
 class Backend(Protocol):
-    """What the trainer and the self-check need of a backend."""
+    """What the trainer and the self-check need of a backend.
+
+    Attributes:
+        name: what users call it.
+        half_only: its kernels take bfloat16 and float16 alone, so that a float32 model runs under autocast.
+    """
 
     name: str
+    half_only: bool
 
     def install(self, model: PreTrainedModel) -> None:
         """Prepare ``model`` (without PEFT or engine wrappers) for packed rows. Raises ValueError if it cannot be."""
@@ -44,6 +50,7 @@ class Routed:
     """
 
     name: str
+    half_only: bool = False
     function: Callable[..., tuple[Tensor, None]]
 
     def install(self, model: PreTrainedModel) -> None:

@@ -75,6 +75,11 @@ def choose_layout(
     wedlm = mask_token_id is not None
     if requested != "auto":
         backend_named(requested, wedlm=wedlm)  # an unknown name, or one that cannot be
+    if requested == "flex" and base.device.type == "cpu":
+        raise ValueError(
+            "attention_backend is flex and the model is on a CPU, where FlexAttention has no backward pass: choose auto, segment "
+            "or dense, or train on CUDA"
+        )
     restore_attention(base)
     if base.config._attn_implementation == "sdpa" and getattr(
         base.config.get_text_config(), "attn_logit_softcapping", None
@@ -154,14 +159,15 @@ def _measure(model: nn.Module, base: PreTrainedModel, backend: Backend, mask_tok
         )
         slots_apart = [logits for streams in noisy for logits in _slots_one_pass(model, base, streams)]
         backend.install(base)
-        packed = _packed_logits(model, backend, [first, second])
-        changed = _packed_logits(model, backend, [other, second])
-        slots = _slots_packed(model, backend, noisy) if noisy else packed[:0]
+        with torch.autocast(device.type, torch.bfloat16, enabled=backend.half_only):
+            packed = _packed_logits(model, backend, [first, second])
+            changed = _packed_logits(model, backend, [other, second])
+            slots = _slots_packed(model, backend, noisy) if noisy else packed[:0]
     except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
         return Verdict(backend.name, False, f"the forward fails ({error})")
     spread = (apart.max() - apart.min()).item()
-    same = _SAME.get(base.dtype, _SAME_LOW_PRECISION)
-    leak_limit = _LEAK.get(base.dtype, _LEAK_LOW_PRECISION)
+    exact = base.dtype in _SAME and not backend.half_only
+    same, leak_limit = (_SAME[base.dtype], _LEAK[base.dtype]) if exact else (_SAME_LOW_PRECISION, _LEAK_LOW_PRECISION)
     difference = (packed - apart).abs().max().item() / spread
     leak = (packed - changed)[_LENGTHS[0] :].abs().max().item() / spread
     measured = f"packed and apart differ by {difference:.1e} of the logits' spread (limit {same:.0e})"
