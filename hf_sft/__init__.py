@@ -23,6 +23,8 @@ _EXPORTS = {
     "TrainingArguments": "hf_sft.training_arguments",
     "WeDLMArguments": "hf_sft.arguments",
     "WeDLMCollator": "hf_sft.collators",
+    "WeDLMConfig": "hf_sft.models.wedlm",
+    "WeDLMForCausalLM": "hf_sft.models.wedlm",
     "encode_conversation": "hf_sft.data.chat",
     "generate_wedlm": "hf_sft.generation",
     "load_model": "hf_sft.models.loading",
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
     from hf_sft.generation import generate_wedlm
     from hf_sft.merging import merge_adapter
     from hf_sft.models.loading import load_model, load_tokenizer
+    from hf_sft.models.wedlm import WeDLMConfig, WeDLMForCausalLM
     from hf_sft.parsing import parse_args
     from hf_sft.training.trainer import SFTTrainer
     from hf_sft.training_arguments import TrainingArguments
@@ -53,6 +56,8 @@ __all__ = [
     "TrainingArguments",
     "WeDLMArguments",
     "WeDLMCollator",
+    "WeDLMConfig",
+    "WeDLMForCausalLM",
     "__version__",
     "encode_conversation",
     "generate_wedlm",

@@ -6,12 +6,14 @@ Every check yields sentences, so that a user sees all problems of a configuratio
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, get_type_hints
 
 from hf_sft.arguments import DataArguments, LoraArguments, ModelArguments, WeDLMArguments
+from hf_sft.conversion import choices, convert, describe, takes
 
 LATER = {  # what the names of the interface promise and this version does not have yet
     "task_type": ("sft", "pretrain"),
@@ -19,6 +21,7 @@ LATER = {  # what the names of the interface promise and this version does not h
 }
 METRICS = ("loss", "perplexity", "token_accuracy", "supervised_tokens")  # of an evaluation by train.py
 WEDLM_METRICS = ("any_order_bound", "masked_loss", "masked_accuracy")  # and these of objective wedlm
+_AT_RATIO = r"masked_(loss|accuracy)_at_(0\.[1-9]|1\.0)"
 FLASH_REFUSED = (
     "attention_backend is flash and objective is wedlm: flash kernels know whole causal documents by their lengths alone, and "
     "cannot be told which block of the noisy stream sees what; choose auto, segment, dense, flex or magi"
@@ -116,6 +119,22 @@ def check_data(data: DataArguments) -> Iterator[str]:
         yield "max_eval_samples is set and eval_file is not: name the evaluation data, or leave it out"
 
 
+def check_values(arguments: Any) -> Iterator[str]:
+    """Values of an arguments object made in Python, where nothing has typed them: each is of its field's type and choices."""
+    hints = get_type_hints(type(arguments))
+    for entry in fields(arguments):
+        value = getattr(arguments, entry.name)
+        try:
+            same = convert(value, hints[entry.name]) == value
+        except ValueError as wanted:
+            yield f"{entry.name} is {value!r}: it must be {wanted}"
+            continue
+        if not same or (
+            isinstance(value, str) and not takes(hints[entry.name], str) and not choices(hints[entry.name])
+        ):
+            yield f"{entry.name} is {value!r}: it must be {describe(hints[entry.name])}"
+
+
 def check_task(data: DataArguments, given: set[str]) -> Iterator[str]:
     """What belongs to conversations, under pretrain; and the other way round."""
     if data.task_type == "pretrain":
@@ -206,7 +225,8 @@ def check_metric(training: Any, objective: str) -> Iterator[str]:
     """The metric that chooses the best checkpoint is one that train.py measures."""
     metric = training.metric_for_best_model
     known = (*METRICS, *(WEDLM_METRICS if objective == "wedlm" else ()))
-    if metric is not None and metric.removeprefix("eval_") not in known:
+    at_ratio = objective == "wedlm" and re.fullmatch(_AT_RATIO, (metric or "").removeprefix("eval_"))
+    if metric is not None and metric.removeprefix("eval_") not in known and not at_ratio:
         yield (
             f"metric_for_best_model is {metric!r}, which train.py does not measure; choose one of {', '.join(known)} "
             "(with or without eval_ before it)"

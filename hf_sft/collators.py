@@ -99,8 +99,8 @@ class WeDLMCollator:
     Args:
         mask_token_id: what stands at mask slots; no document may hold it.
         rule: how masks are drawn.
-        seed: of the noise, together with the ``epoch`` and ``document`` that token rows carry (0 and the place in the batch
-            where they carry none).
+        seed: of the noise, together with the ``epoch`` and ``document`` that token rows carry. Rows without them, as a plain
+            Trainer hands over, have epoch 0 and their place in the batch: the same noise in every epoch.
         enable_ar_loss: score next-token rows of the clean stream as well.
         elide: drop observed tokens whose states stand in the clean stream already (exact).
         pad_token_id: the single token of a batch without documents.
@@ -131,9 +131,10 @@ class WeDLMCollator:
         kind, weight = column["kind"][scored], column["weight"][scored]
         items = np.bincount(kind, minlength=self.kinds).astype(np.float64)
         items[1] = sum(part["supervised"] for part in parts)
-        if self.rule.sampling == "reference" and weight[kind == 1].size:
-            weight[kind == 1] /= weight[kind == 1].sum()
-            items[1] = 1.0
+        if self.rule.sampling == "reference":
+            items[1] = float(items[1] > 0)  # a micro-batch counts as one, also where chance has masked nothing
+            if weight[kind == 1].size:
+                weight[kind == 1] /= weight[kind == 1].sum()
         batch: Batch = {
             "input_ids": torch.from_numpy(column["ids"])[None],
             "position_ids": torch.from_numpy(column["pos"])[None],

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,7 +20,9 @@ from hf_sft.models.wrappers import base_model, evaluating
 
 logger = logging.getLogger(__name__)
 
-Prompt = Sequence[int] | Tensor
+Prompt = Sequence[int] | Tensor | np.ndarray | Mapping[str, Any]
+_COOLEST = 0.001  # temperature: far below it, logits / temperature is no number
+_SEEDS = 2**32  # as many as numpy takes
 
 
 @dataclass(frozen=True)
@@ -88,15 +91,16 @@ def generate_wedlm(
 
     Args:
         model: a causal LM trained as WeDLM, bare or with PEFT. Its mode is put back afterwards.
-        prompts: token ids of one prompt or of several; they may differ in length.
+        prompts: token ids of one prompt or of several; they may differ in length. What a tokenizer returns (``input_ids`` in a
+            mapping) will do, but without padding.
         mask_token_id: stands at mask slots and is never written; default: what the model was saved with.
         eos_token_id: one or several ends of turn; default: the generation config's. Without any, rows run to ``max_new_tokens``.
         max_new_tokens: per prompt, the end of turn included.
         window: positions beyond the run that are looked at in one pass, as the official engine counts them.
-        temperature: 0 takes the most probable token; else tokens are drawn from logits / temperature.
+        temperature: 0 takes the most probable token; else (at least 0.001) tokens are drawn from logits / temperature.
         top_p, top_k: draw from the most probable tokens only (1 and 0: from all), after the temperature, top_k first.
         use_cache: without, each pass recomputes everything; the tokens are the same.
-        generator, seed: of the draws. Draws of a batch are not those of its prompts one by one.
+        generator, seed: of the draws; at temperature 0 there are none. Draws of a batch are not those of its prompts one by one.
 
     Raises:
         ValueError: an argument out of its range, no mask token, a prompt without tokens or with unknown ones, a model whose
@@ -105,18 +109,21 @@ def generate_wedlm(
     base = base_model(model)
     prompt_rows = _prompt_rows(prompts, vocabulary_rows(base))
     _check_numbers(max_new_tokens, window, entropy_threshold, distance_penalty)
-    check_sampling(temperature, top_p, top_k)
+    if generator is not None and seed is not None:
+        raise ValueError("generator and seed both set the draws; give one of them")
+    check_sampling(temperature, top_p, top_k, seed, generator)
     if verify and temperature:
         raise ValueError(
             f"verify drafts for greedy decoding, and temperature is {temperature!r}; set temperature to 0, or leave out verify"
         )
-    draws = _generator(base, generator, seed)
+    draws = generator if seed is None else torch.Generator(input_device(base)).manual_seed(int(seed))
     eos = stop_tokens(base, eos_token_id)
     mask = _mask_token(base, mask_token_id, eos)
     _check_model(base, max(map(len, prompt_rows)) + max_new_tokens)
-    rules = Rules(mask, eos, window, entropy_threshold, distance_penalty, temperature, top_p, top_k, verify, draws)
+    limits = float(entropy_threshold), float(distance_penalty), float(temperature), float(top_p)
+    rules = Rules(mask, eos, int(window), *limits, int(top_k), verify, draws)
     with torch.no_grad(), evaluating(model):
-        rows = Decoder(model, prompt_rows, max_new_tokens, rules, use_cache).run()
+        rows = Decoder(model, prompt_rows, int(max_new_tokens), rules, use_cache).run()
     tokens, order = [row.tokens for row in rows], [row.order for row in rows]
     return WeDLMOutput(tokens, [row.forwards for row in rows], order, [row.processed for row in rows])
 
@@ -125,17 +132,23 @@ def _prompt_rows(prompts: Any, vocabulary: int) -> list[list[int]]:
     """One list of ids per prompt."""
     if isinstance(prompts, (str, bytes)):
         raise ValueError("prompts is text; give token ids, as tokenizer.apply_chat_template returns them")
-    rows = prompts.tolist() if isinstance(prompts, Tensor) else list(prompts)
+    rows = _unpadded(prompts)
+    if not isinstance(rows, Iterable):
+        raise ValueError(f"prompts is {rows!r}; it must be a list of token ids, or a list of such lists")
+    rows = [_unpadded(row) for row in rows]
     if not rows:
         raise ValueError("prompts is empty; give at least one prompt with at least one token (a BOS, say)")
-    if not isinstance(rows[0], (list, tuple, Tensor)):
+    if not _is_list(rows[0]):
         rows = [rows]
-    rows = [row.tolist() if isinstance(row, Tensor) else list(row) for row in rows]
     for number, row in enumerate(rows):
-        if not row:
+        if not _is_list(row):
+            raise ValueError(
+                f"prompt {number} is {row!r}, and the first one is a list; each must be a list of token ids"
+            )
+        if not len(row):
             raise ValueError(f"prompt {number} has no tokens; give it at least one (a BOS, say)")
-        for token in row:
-            if not isinstance(token, Integral) or isinstance(token, bool) or not 0 <= int(token) < vocabulary:
+        for token in map(_plain, row):
+            if not _is_whole(token) or not 0 <= token < vocabulary:
                 raise ValueError(
                     f"prompt {number} holds {token!r}; token ids are whole numbers from 0 to {vocabulary - 1}, the rows of the "
                     "model's vocabulary"
@@ -143,65 +156,117 @@ def _prompt_rows(prompts: Any, vocabulary: int) -> list[list[int]]:
     return [[int(token) for token in row] for row in rows]
 
 
-def _generator(base: Any, given: torch.Generator | None, seed: int | None) -> torch.Generator | None:
-    if seed is None:
-        return given
-    if given is not None:
-        raise ValueError("generator and seed both set the draws; give one of them")
-    return torch.Generator(input_device(base)).manual_seed(seed)
+def _unpadded(given: Any) -> Any:
+    """Ids as lists: those of a tokenizer's mapping, which must hold no padding, or of an array."""
+    if isinstance(given, Mapping):
+        if "input_ids" not in given:
+            raise ValueError(
+                f"a prompt has {', '.join(map(str, given)) or 'no keys'}; its token ids belong under input_ids"
+            )
+        if not _all_ones(given.get("attention_mask")):
+            raise ValueError(
+                "the attention_mask of the prompts holds zeros, and prompts are given without padding; leave padding out when "
+                "they are tokenized (they may differ in length)"
+            )
+        given = given["input_ids"]
+    return _plain(given)
+
+
+def _all_ones(mask: Any) -> bool:
+    mask = _plain(mask)
+    return all(map(_all_ones, mask)) if _is_list(mask) else mask is None or bool(mask)
+
+
+def _plain(value: Any) -> Any:
+    """Arrays, tensors and their scalars as lists and numbers."""
+    return value.tolist() if isinstance(value, (Tensor, np.ndarray, np.generic)) else value
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def _check_numbers(max_new_tokens: int, window: int, entropy_threshold: float, distance_penalty: float) -> None:
     for name, count in (("max_new_tokens", max_new_tokens), ("window", window)):
-        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+        if not _is_whole(count) or count < 1:
             raise ValueError(f"{name} is {count!r}; it must be a whole number of at least 1")
-    if not entropy_threshold >= 0:
+    if not _is_number(entropy_threshold) or not entropy_threshold >= 0:
         raise ValueError(
-            f"entropy_threshold is {entropy_threshold!r}; it must be at least 0 nats (0 fills one slot per pass, inf all)"
+            f"entropy_threshold is {entropy_threshold!r}; it must be a number of at least 0 nats (0 fills one slot per pass, "
+            "inf all)"
         )
-    if not 0 <= distance_penalty < math.inf:
+    if not _is_number(distance_penalty) or not 0 <= distance_penalty < math.inf:
         raise ValueError(
-            f"distance_penalty is {distance_penalty!r}; it must be at least 0 nats per position, and finite"
+            f"distance_penalty is {distance_penalty!r}; it must be a number of at least 0 nats per position, and finite"
         )
 
 
-def check_sampling(temperature: float, top_p: float, top_k: int) -> None:
-    """Raise ValueError for what no token can be drawn by."""
-    if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature is {temperature!r}; it must be 0 (the most probable token) or a positive number")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p is {top_p!r}; it must lie above 0 and be at most 1 (1: no limit)")
-    if not isinstance(top_k, int) or isinstance(top_k, bool) or top_k < 0:
+def check_sampling(
+    temperature: float,
+    top_p: float,
+    top_k: int,
+    seed: int | None = None,
+    generator: torch.Generator | None = None,
+) -> None:
+    """Raise ValueError for what no token can be drawn by, and for what only draws need where none are made."""
+    if not _is_number(temperature) or not (temperature == 0 or _COOLEST <= temperature < math.inf):
+        raise ValueError(
+            f"temperature is {temperature!r}; it must be 0 (the most probable token) or a finite number of at least {_COOLEST}"
+        )
+    if not _is_number(top_p) or not 0 < top_p <= 1:
+        raise ValueError(f"top_p is {top_p!r}; it must be a number above 0 and at most 1 (1: no limit)")
+    if not _is_whole(top_k) or top_k < 0:
         raise ValueError(f"top_k is {top_k!r}; it must be a whole number of at least 0 (0: no limit)")
+    if seed is not None and not (_is_whole(seed) and 0 <= seed < _SEEDS):
+        raise ValueError(f"seed is {seed!r}; it must be a whole number from 0 to {_SEEDS - 1}")
     if not temperature and (top_p < 1 or top_k):
         raise ValueError(
             "top_p and top_k limit what is drawn, and temperature 0 draws nothing; set temperature, or leave them out"
         )
+    if not temperature and (seed is not None or generator is not None):
+        raise ValueError(
+            f"{'generator' if seed is None else 'seed'} sets the draws, and temperature 0 draws nothing; set temperature, or "
+            "leave it out"
+        )
 
 
-def stop_tokens(base: Any, given: int | Sequence[int] | None = None) -> tuple[int, ...]:
-    """The ends of turn: ``given``, else the generation config's; without any, an empty tuple."""
+def stop_tokens(base: Any, given: int | Sequence[int | None] | None = None) -> tuple[int, ...]:
+    """The ends of turn: ``given``, else the generation config's; without any, an empty tuple. None among several is no token."""
     if given is None:
         given = getattr(base.generation_config, "eos_token_id", None)
-    if given is None:
-        return ()
-    return (given,) if isinstance(given, int) else tuple(int(token) for token in given)
+    listed: Any = _plain(given)
+    tokens = [_plain(token) for token in (listed if isinstance(listed, (list, tuple, set, frozenset)) else [listed])]
+    tokens = [token for token in tokens if token is not None]
+    for token in tokens:
+        if not _is_whole(token):
+            raise ValueError(f"eos_token_id holds {token!r}; it must be a token id (a whole number), or a list of them")
+    return tuple(map(int, tokens))
 
 
 def _mask_token(base: Any, given: int | None, eos: Sequence[int]) -> int:
-    token = recorded_mask_token(base) if given is None else given
+    token = _plain(recorded_mask_token(base) if given is None else given)
     if token is None:
         raise ValueError(
             "the model names no mask token, so it was not trained as WeDLM; give mask_token_id, or decode it by model.generate"
         )
     rows = vocabulary_rows(base)
-    if not 0 <= token < rows:
-        raise ValueError(f"mask_token_id is {token}; it must be one of the model's {rows} vocabulary rows")
+    if not _is_whole(token) or not 0 <= token < rows:
+        raise ValueError(
+            f"mask_token_id is {token!r}; it must be the whole number of one of the model's {rows} vocabulary rows"
+        )
     if token in eos:
         raise ValueError(
             f"token {token} is both the mask token and an end of turn; set mask_token_id or eos_token_id to another"
         )
-    return token
+    return int(token)
 
 
 def _check_model(base: Any, positions: int) -> None:

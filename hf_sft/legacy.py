@@ -78,7 +78,7 @@ def _modules(value: Any) -> Any:
 _NONE = ("false", "none", "null", "", "0", "no")
 _FSDP = "FSDP is not available in this version; leave it out"
 _DEEPSPEED = "DeepSpeed is not available in this version; leave it out and use torchrun (DDP)"
-_ATTENTION = "attention is chosen by attention_backend (auto, dense or segment); leave it out"
+_ATTENTION = "attention is chosen by attention_backend (auto, segment, dense, flex or magi); leave it out"
 _SPLIT = "nothing is split off the training data; name eval_file"
 _TOKENS = "the tokenizer's own tokens count: set it in its tokenizer_config.json; new_special_tokens adds tokens"
 _ENGINE = "the engine behind it is gone from transformers; leave it out"

@@ -32,8 +32,7 @@ class Objective(Protocol):
     def kinds(self) -> int:
         """K, the kinds of targets that evaluation tells apart; those from 2 on are measured and not learned."""
 
-    @property
-    def rules(self) -> RowRules:
+    def row_rules(self, *, evaluation: bool) -> RowRules:
         """What it asks of token rows."""
 
     @property
@@ -56,8 +55,10 @@ class Causal:
 
     coefficients: tuple[float, float] = (1.0, 0.0)
     kinds: int = 2
-    rules: RowRules = RowRules()
     mask_token_id: int | None = None
+
+    def row_rules(self, *, evaluation: bool) -> RowRules:
+        return RowRules()
 
     def collator(self, packed: bool, pad_token_id: int, *, evaluation: bool) -> Collator:
         return CausalCollator(packed, pad_token_id)
@@ -94,9 +95,9 @@ class WeDLM:
 
     kinds = WeDLMEvalCollator.kinds
 
-    @property
-    def rules(self) -> RowRules:
-        return RowRules(self.end_tail, self.mask_token_id)
+    def row_rules(self, *, evaluation: bool) -> RowRules:
+        # What is measured does not depend on how many ends are learned: answers end once.
+        return RowRules(0 if evaluation else self.end_tail, self.mask_token_id)
 
     @cached_property
     def coefficients(self) -> tuple[float, float]:
@@ -128,14 +129,14 @@ class WeDLM:
         return values
 
     def metrics(self, totals: TokenTotals) -> dict[str, float]:
+        if not totals.items[1]:
+            return Causal().metrics(totals)  # the clean stream alone was measured
         values = {
             "loss": totals.loss(self.coefficients),
             "perplexity": totals.perplexity(),
             "token_accuracy": totals.accuracy(),
-            "supervised_tokens": int(totals.items[1] or totals.rows[0]),
+            "supervised_tokens": int(totals.items[1]),
         }
-        if not totals.items[1]:
-            return values  # the clean stream alone was measured
         grid = {ratio: 2 + place for place, ratio in enumerate(RATIOS)}
         losses = {f"masked_loss_at_{ratio}": totals.mean(kind) for ratio, kind in grid.items()}
         accuracies = {f"masked_accuracy_at_{ratio}": totals.accuracy(kind) for ratio, kind in grid.items()}
@@ -157,10 +158,12 @@ def build_objective(data: DataArguments, wedlm: WeDLMArguments, *, mask_token_id
     """The objective of ``data.objective``.
 
     Raises:
-        ValueError: wedlm without a mask token.
+        ValueError: an unknown objective, or wedlm without a mask token.
     """
     if data.objective == "causal":
         return Causal()
+    if data.objective != "wedlm":
+        raise ValueError(f"objective is {data.objective!r}; choose causal or wedlm")
     if mask_token_id is None:
         raise ValueError("objective is wedlm, and no mask token is known: set mask_token or mask_token_id")
     has_end = data.task_type == "sft" and data.train_on != "all"

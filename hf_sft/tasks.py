@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from hf_sft.data.bins import Bins
 from hf_sft.data.pipeline import packing_report
 from hf_sft.models.loading import load_config
-from hf_sft.models.mask_token import resolve_mask_token
+from hf_sft.models.mask_token import adapter_mask_token, resolve_mask_token
 from hf_sft.objectives import Objective, build_objective
 from hf_sft.parsing import Arguments
 from hf_sft.training.trainer import SFTTrainer
@@ -25,12 +26,21 @@ def objective_of(arguments: Arguments, tokenizer: Any) -> Objective:
     if arguments.data.objective == "wedlm":
         wedlm, model = arguments.wedlm, arguments.model
         config = load_config(str(model.model_name_or_path or model.config_name_or_path), model)
+        if adapter := arguments.lora.adapter_name_or_path:
+            config.mask_token_id = adapter_mask_token(adapter) or getattr(config, "mask_token_id", None)
         token = resolve_mask_token(tokenizer, config, mask_token=wedlm.mask_token, mask_token_id=wedlm.mask_token_id)
     return build_objective(arguments.data, arguments.wedlm, mask_token_id=token, seed=arguments.training.seed)
 
 
-def build_trainer(arguments: Arguments, model: Any, tokenizer: Any, train: Any, evaluation: Any | None) -> SFTTrainer:
-    """The trainer of ``arguments.data.task_type`` over token rows.
+def build_trainer(
+    arguments: Arguments,
+    model: Any,
+    tokenizer: Any,
+    train: Any,
+    evaluation: Any | None,
+    mask_token_id: int | None = None,
+) -> SFTTrainer:
+    """The trainer of ``arguments.data.task_type`` over token rows; ``mask_token_id`` as ``objective_of`` found it.
 
     Raises:
         ValueError: as ``SFTTrainer``.
@@ -42,7 +52,7 @@ def build_trainer(arguments: Arguments, model: Any, tokenizer: Any, train: Any, 
         eval_dataset=evaluation,
         processing_class=tokenizer,
         data_args=arguments.data,
-        wedlm_args=arguments.wedlm,
+        wedlm_args=replace(arguments.wedlm, mask_token_id=mask_token_id),
         attention_backend=arguments.model.attention_backend,
     )
 

@@ -187,12 +187,18 @@ class TrainingArguments(_Parent):
     )
 
     def __post_init__(self) -> None:
-        if self.greater_is_better is None and (self.metric_for_best_model or "").endswith(("perplexity", "bound")):
+        if self.greater_is_better is None and smaller_is_better(self.metric_for_best_model):
             self.greater_is_better = False  # the parent knows the loss alone
         super().__post_init__()
         accelerator: Any = self.accelerator_config
         if accelerator.dispatch_batches is None:
             accelerator.dispatch_batches = False  # else Accelerate cuts [1, T] where the data is iterable
+
+
+def smaller_is_better(metric: str | None) -> bool:
+    """Whether a smaller value of the metric is the better one."""
+    name = (metric or "").removeprefix("eval_")
+    return name.endswith(("loss", "perplexity", "bound")) or name.startswith("masked_loss")
 
 
 def refusals(values: Mapping[str, Any], packing: bool) -> dict[str, str]:

@@ -89,7 +89,10 @@ def test_version_and_commands(capsys):
     assert [name in out for name in cli.COMMANDS] == [True] * len(cli.COMMANDS)
 
 
-@pytest.mark.parametrize(("word", "hint"), [("trian", "did you mean train?"), ("xyz", "choose train or merge")])
+@pytest.mark.parametrize(
+    ("word", "hint"),
+    [("trian", "did you mean train?"), ("xyz", "choose train or generate or inspect or merge or export")],
+)
 def test_unknown_command(capsys, word, hint):
     assert cli.main([word]) == 2
     assert capsys.readouterr().err == f"error: hf-sft has no command {word}; {hint}\n"

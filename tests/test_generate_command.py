@@ -260,7 +260,15 @@ def test_nothing_half_written(wedlm, tmp_path, monkeypatch) -> None:
         (["--prompt", "a", "--autoregressive", "--verify"], "verify decodes in parallel"),
         (["--prompt", "a", "--raw", "--system", "b"], "leave out one of them"),
         (["--prompt", "", "--raw"], "has no tokens"),
-        (["--prompt", "say <|im_end|>"], "reads as a special token"),
+        (
+            ["--prompt", "say <|im_end|>"],
+            r"^the user message holds '<\|im_end\|>', which the tokenizer reads as a special",
+        ),
+        (["--prompt", "a", "--system", "<|im_end|>"], "^the system message holds"),
+        (["--prompt", "a", "--seed", "1"], "seed sets the draws, and temperature 0 draws nothing"),
+        (["--prompt", "a", "--seed", "1", "--autoregressive"], "seed sets the draws, and temperature 0 draws nothing"),
+        (["--prompt", "a", "--seed", "-1", "--temperature", "1"], "seed is -1"),
+        (["--prompt", "a", "--temperature", "1e-320", "--autoregressive"], "temperature is 1e-320; it must be 0"),
         (["--prompt", "a", "--dtype", "int8"], "dtype is 'int8'"),
         (["--prompt", "a", "--base", "somewhere"], "leave out the base of a whole model"),
         (["--file", "nowhere.jsonl"], "no such data file"),
@@ -283,7 +291,12 @@ def test_wrong_options(wedlm, words, message) -> None:
         ({"messages": [{"role": "user", "content": 5}]}, [], "must be a string"),
         ({"messages": [{"role": "user", "content": "a"}]}, ["--raw"], "line 2: raw continues texts"),
         ({"messages": [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]}, ["--system", "c"],
-         "has a system message; leave out system"),
+         "line 2: .*has a system message; leave out system"),
+        ({"prompt": "a", "chat_template_kwargs": "abc"}, [], "line 2: chat_template_kwargs is abc, but it must be an object"),
+        ({"messages": [{"role": "user", "content": "a"}], "chat_template_kwargs": {"tools": []}}, [],
+         "line 2: chat_template_kwargs sets tools"),
+        ({"prompt": "a", "tools": "abc"}, [], "line 2: tools is a string that is no JSON"),
+        ({"prompt": ""}, ["--raw"], "line 2: the prompt '' has no tokens"),
     ],
 )  # fmt: skip
 def test_wrong_records(wedlm, tmp_path, record, words, message) -> None:
@@ -292,14 +305,25 @@ def test_wrong_records(wedlm, tmp_path, record, words, message) -> None:
         main([wedlm, "--file", file, *words])
 
 
+def test_a_record_with_a_special_token_is_named(wedlm, tmp_path) -> None:
+    for record in ({"prompt": "say <|im_end|>"}, {"messages": [{"role": "user", "content": "say <|im_end|>"}]}):
+        file = write_jsonl(tmp_path / "in.jsonl", [{"prompt": "fine"}, record])
+        with pytest.raises(ValueError, match=r"in.jsonl, line 2: the user message holds '<\|im_end\|>'") as caught:
+            main([wedlm, "--file", file])
+        assert "new_special_tokens" not in str(caught.value)
+    file = write_jsonl(tmp_path / "raw.jsonl", [{"prompt": "say <|im_end|>"}])
+    assert main([wedlm, "--file", file, "--raw", "--max_new_tokens", "2"]) == 0
+
+
 def test_models_that_are_none(wedlm, tmp_path) -> None:
     with pytest.raises(ValueError, match="does not exist"):
         main([str(tmp_path / "nowhere"), "--prompt", "a"])
     bare = tmp_path / "bare"
     shutil.copytree(wedlm, bare)
     (bare / "chat_template.jinja").unlink()
-    with pytest.raises(ValueError, match="no chat template"):
-        main([str(bare), "--prompt", "a"])
+    for asked in (["--prompt", "a"], ["--file", write_jsonl(tmp_path / "in.jsonl", [{"prompt": "a"}])]):
+        with pytest.raises(ValueError, match=r"^the tokenizer has no chat template"):
+            main([str(bare), *asked])
     assert main([str(bare), "--prompt", "a", "--raw", "--max_new_tokens", "2"]) == 0
     with pytest.raises(SystemExit, match="2"):
         main([wedlm])

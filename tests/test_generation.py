@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import random
 
+import numpy as np
 import pytest
 import tiny
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.nn.functional import cross_entropy
-from transformers import TopKLogitsWarper, TopPLogitsWarper
+from transformers import BatchEncoding, TopKLogitsWarper, TopPLogitsWarper
 
 from hf_sft.attention.backends import BACKENDS, layer_windows
 from hf_sft.decoding.passes import filter_logits
@@ -388,8 +389,96 @@ def test_forms_of_prompts() -> None:
     want = generate_wedlm(model, [[1, 2, 3], [3, 2, 1]], **options)
     assert generate_wedlm(model, torch.tensor([[1, 2, 3], [3, 2, 1]]), **options) == want
     assert generate_wedlm(model, [torch.tensor([1, 2, 3]), (3, 2, 1)], **options) == want
-    for single in ([1, 2, 3], (1, 2, 3), torch.tensor([1, 2, 3]), [[1, 2, 3]]):
+    both = [[1, 2, 3], [3, 2, 1]]
+    ones = np.ones((2, 3), dtype=int)
+    for several in (
+        np.array(both),
+        [np.array(row, dtype=np.uint8) for row in both],
+        [[torch.tensor(1), 2, np.int32(3)], both[1]],
+        {"input_ids": both},
+        BatchEncoding({"input_ids": torch.tensor(both), "attention_mask": torch.tensor(ones)}),
+        BatchEncoding({"input_ids": np.array(both), "attention_mask": ones}),
+        [BatchEncoding({"input_ids": row, "attention_mask": [1, 1, 1]}) for row in both],
+    ):
+        assert generate_wedlm(model, several, **options) == want
+    for single in (
+        [1, 2, 3],
+        (1, 2, 3),
+        torch.tensor([1, 2, 3]),
+        [[1, 2, 3]],
+        range(1, 4),
+        np.array([1, 2, 3]),
+        [np.int64(1), 2, 3],
+        {"input_ids": [1, 2, 3], "attention_mask": [1, 1, 1]},
+    ):
         assert generate_wedlm(model, single, **options).sequences == want.sequences[:1]
+    ragged = BatchEncoding({"input_ids": [[1, 2, 3], [3]], "attention_mask": [[1, 1, 1], [1]]})
+    assert generate_wedlm(model, ragged, **options) == generate_wedlm(model, [[1, 2, 3], [3]], **options)
+
+
+def test_what_a_chat_template_returns_is_a_prompt() -> None:
+    tokenizer, model = tiny.tiny_tokenizer(), tiny.tiny_model("llama")
+    turns = [[{"role": "user", "content": text}] for text in ("Hi", "Good day")]
+    texts = [tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False) for turn in turns]
+    rows = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    want = generate_wedlm(model, rows, mask_token_id=200, max_new_tokens=4)
+    for given, rows_of in ((turns, want.sequences), (turns[:1], want.sequences[:1]), (turns[1], want.sequences[1:])):
+        encoded = tokenizer.apply_chat_template(given, add_generation_prompt=True, return_dict=True)
+        assert generate_wedlm(model, encoded, mask_token_id=200, max_new_tokens=4).sequences == rows_of
+    padded = tokenizer.apply_chat_template(turns, add_generation_prompt=True, padding=True, return_dict=True)
+    with pytest.raises(ValueError, match="holds zeros, and prompts are given without padding"):
+        generate_wedlm(model, padded, mask_token_id=200)
+
+
+def test_numbers_of_numpy_count_as_numbers() -> None:
+    model, prompts = sharp_model("llama"), random_prompts(3)
+    plain = dict(max_new_tokens=20, window=4, entropy_threshold=1.0, temperature=0.5, top_k=3, seed=1)
+    want = generate_wedlm(model, prompts, mask_token_id=7, eos_token_id=6, **plain)
+    typed = {name: np.asarray(value)[()] for name, value in plain.items()}
+    for eos in (np.int64(6), [6, None], (np.int64(6),), {6}, torch.tensor(6), np.array([6])):
+        assert generate_wedlm(model, prompts, mask_token_id=np.int64(7), eos_token_id=eos, **typed) == want
+    assert want.sequences != generate_wedlm(model, prompts, mask_token_id=7, eos_token_id=[None], **plain).sequences
+
+
+@pytest.mark.parametrize("verify", [False, True])
+@pytest.mark.parametrize("use_cache", [False, True])
+def test_the_head_runs_on_no_more_rows_than_are_needed(verify: bool, use_cache: bool) -> None:
+    model, heads = sharp_model("llama"), []
+    rng = random.Random(0)
+    prompts = [[rng.randrange(7) for _ in range(length)] for length in (4, 400)]
+    model.get_output_embeddings().register_forward_pre_hook(lambda head, inputs: heads.append(inputs[0].shape[1]))
+    options = dict(mask_token_id=7, max_new_tokens=24, window=6, entropy_threshold=1.0, verify=verify)
+    output = generate_wedlm(model, prompts, use_cache=use_cache, **options)
+    assert len(heads) == max(output.forwards)
+    assert heads[0] == 2 * (6 + verify)
+    # Drafts that wait to be checked join the window; none are further from the sure tokens than another window.
+    assert max(heads) <= 2 * (2 * 6 + verify)
+    if verify:
+        assert output.sequences == [greedy(model, prompt, 7, None, 24) for prompt in prompts]
+    else:
+        plain = [plain_wedlm(model, prompt, 7, None, 24, 6, 1.0, 0.02) for prompt in prompts]
+        assert (output.sequences, output.order) == ([p.sequences[0] for p in plain], [p.order[0] for p in plain])
+
+    forward = model.forward
+
+    def without(input_ids, position_ids, attention_mask, past_key_values, use_cache):
+        return forward(
+            input_ids,
+            position_ids=position_ids,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+        )
+
+    model.forward = without  # as that of a model that knows no logits_to_keep
+    heads.clear()
+    assert generate_wedlm(model, prompts, use_cache=use_cache, **options) == output
+    assert heads[0] == 406
+    model.forward = forward
+    model.hf_device_map = {"model": "cpu", "lm_head": 0}  # read, not obeyed: nothing is moved
+    heads.clear()
+    assert generate_wedlm(model, prompts, use_cache=use_cache, **options) == output
+    assert heads[0] == 402 + verify
 
 
 def test_what_the_model_was_saved_with_counts(trained, tmp_path) -> None:
@@ -403,10 +492,16 @@ def test_what_the_model_was_saved_with_counts(trained, tmp_path) -> None:
 
 def test_bfloat16_runs(trained) -> None:
     _, prompts, _ = trained
-    output = generate_wedlm(
-        tiny.tiny_model("llama").bfloat16(), prompts, mask_token_id=MASK, max_new_tokens=9, verify=True
-    )
-    assert [len(row) for row in output.sequences] == [9] * len(prompts) or any(EOS in row for row in output.sequences)
+    model = tiny.tiny_model("llama").bfloat16()
+    options = dict(mask_token_id=MASK, max_new_tokens=9, verify=True)
+    free = generate_wedlm(model, prompts, eos_token_id=[], **options)
+    assert [len(row) for row in free.sequences] == [9] * len(prompts)
+    assert all(MASK not in row for row in free.sequences)
+    # The first pass is the same whatever ends a turn.
+    first = free.sequences[0][0]
+    stopped = generate_wedlm(model, prompts, eos_token_id=first, **options)
+    assert stopped.sequences[0] == [first]
+    assert all(first not in row[:-1] and (len(row) == 9 or row[-1] == first) for row in stopped.sequences)
 
 
 @pytest.mark.parametrize(
@@ -426,9 +521,34 @@ def test_bfloat16_runs(trained) -> None:
         (dict(top_k=3), "temperature 0 draws nothing"),
         (dict(top_p=0.9), "temperature 0 draws nothing"),
         (dict(verify=True, temperature=0.5), "set temperature to 0, or leave out verify"),
+        (dict(entropy_threshold="1"), "entropy_threshold is '1'; it must be a number of at least 0 nats"),
+        (dict(entropy_threshold=True), "entropy_threshold is True"),
+        (dict(entropy_threshold=None), "entropy_threshold is None"),
+        (dict(distance_penalty="0.1"), "distance_penalty is '0.1'; it must be a number of at least 0 nats"),
+        (dict(temperature="1"), "temperature is '1'; it must be 0"),
+        (dict(temperature=1e-320), "temperature is 1e-320; it must be 0 .* or a finite number of at least 0.001"),
+        (dict(temperature=0.0009), "temperature is 0.0009"),
+        (dict(temperature=math.inf), "temperature is inf"),
+        (dict(temperature=math.nan), "temperature is nan"),
+        (dict(temperature=1.0, top_p="0.9"), "top_p is '0.9'; it must be a number above 0"),
+        (dict(temperature=1.0, top_k="3"), "top_k is '3'"),
+        (dict(temperature=1.0, seed="3"), "seed is '3'; it must be a whole number from 0 to 4294967295"),
+        (dict(temperature=1.0, seed=-1), "seed is -1"),
+        (dict(seed=0), "seed sets the draws, and temperature 0 draws nothing; set temperature, or leave it out"),
+        (dict(generator=torch.Generator()), "generator sets the draws, and temperature 0 draws nothing"),
+        (dict(eos_token_id="2"), "eos_token_id holds '2'; it must be a token id"),
+        (dict(eos_token_id=[1, "2"]), "eos_token_id holds '2'"),
+        (dict(eos_token_id=True), "eos_token_id holds True"),
+        (dict(eos_token_id=2.0), "eos_token_id holds 2.0"),
+        (
+            dict(mask_token_id="7"),
+            "mask_token_id is '7'; it must be the whole number of one of the model's 8 vocabulary",
+        ),
+        (dict(mask_token_id=True), "mask_token_id is True"),
+        (dict(mask_token_id=-1), "mask_token_id is -1"),
         (dict(seed=1, generator=torch.Generator()), "give one of them"),
         (dict(mask_token_id=None), "names no mask token, so it was not trained as WeDLM"),
-        (dict(mask_token_id=8), "one of the model's 8 vocabulary rows"),
+        (dict(mask_token_id=8), "mask_token_id is 8.* one of the model's 8 vocabulary rows"),
         (dict(mask_token_id=2, eos_token_id=[1, 2]), "both the mask token and an end of turn"),
         (dict(prompts=[]), "prompts is empty"),
         (dict(prompts=[[1], []]), "prompt 1 has no tokens"),
@@ -436,6 +556,20 @@ def test_bfloat16_runs(trained) -> None:
         (dict(prompts=[[1, -1]]), "prompt 0 holds -1"),
         (dict(prompts=[[1.5]]), "prompt 0 holds 1.5"),
         (dict(prompts="some text"), "give token ids"),
+        (dict(prompts=["some text"]), "prompt 0 holds 'some text'"),
+        (dict(prompts=[[1], 2]), "prompt 1 is 2, and the first one is a list"),
+        (dict(prompts=[1, [2]]), r"prompt 0 holds \[2\]"),
+        (dict(prompts=5), "prompts is 5; it must be a list of token ids"),
+        (dict(prompts=None), "prompts is None"),
+        (dict(prompts=torch.tensor(5)), "prompts is 5"),
+        (dict(prompts=np.array([1.0, 2.0])), "prompt 0 holds 1.0"),
+        (dict(prompts=[[1, True]]), "prompt 0 holds True"),
+        (dict(prompts=torch.ones(1, 1, 1, dtype=torch.long)), r"prompt 0 holds \[1\]"),
+        (dict(prompts={"ids": [1]}), "a prompt has ids; its token ids belong under input_ids"),
+        (dict(prompts={}), "a prompt has no keys"),
+        (dict(prompts={"input_ids": [[1, 2], [0, 3]], "attention_mask": [[1, 1], [0, 1]]}), "without padding"),
+        (dict(prompts={"input_ids": np.ones((1, 2), int), "attention_mask": np.array([[0, 1]])}), "without padding"),
+        (dict(prompts=[{"input_ids": [0, 3], "attention_mask": torch.tensor([0, 1])}]), "without padding"),
     ],
 )
 def test_wrong_input(changes: dict, message: str) -> None:

@@ -45,6 +45,8 @@ def test_the_order_of_the_sources() -> None:
         ({"mask_token_id": 258}, "part of the chat template"),
         ({"mask_token_id": 400}, "beyond the vocabulary of 300 rows"),
         ({"mask_token_id": -1}, "beyond the vocabulary"),
+        ({"mask_token": "a"}, "a word of the vocabulary"),
+        ({"mask_token": " "}, "not blank"),
         ({"mask_token": "<|m|>", "mask_token_id": 3}, "leave out one of the two"),
     ],
 )
@@ -70,9 +72,11 @@ def test_tool_response_of_a_stock_tokenizer(shared_data) -> None:
         resolve_mask_token(tokenizer, config(vocab_size=151_936))
 
 
+@pytest.mark.parametrize("rows", [259, 300])
 @pytest.mark.parametrize("tied", [False, True])
-def test_an_adapter_brings_its_mask_token_along(tmp_path, tied: bool) -> None:
-    base = tiny.save_tiny(tmp_path / "base", "qwen3", tie_word_embeddings=tied)
+def test_an_adapter_brings_its_mask_token_along(tmp_path, tied: bool, rows: int) -> None:
+    """Appended to the vocabulary, or in a row of its padding."""
+    base = tiny.save_tiny(tmp_path / "base", "qwen3", tie_word_embeddings=tied, vocab_size=rows)
     arguments = ModelArguments(model_name_or_path=base, train_mode="lora", dtype="float32")
     tokenizer = load_tokenizer(arguments)
     token = resolve_mask_token(tokenizer, config(), mask_token="<|mask|>")
@@ -89,3 +93,22 @@ def test_an_adapter_brings_its_mask_token_along(tmp_path, tied: bool) -> None:
     ids = torch.tensor([[5, 9, token, 7]])
     assert torch.allclose(merged(ids).logits, model(ids).logits, atol=1e-6)
     assert recorded_mask_token(tiny.tiny_model()) is None
+
+
+def test_the_space_of_a_sentencepiece_vocabulary_is_text(shared_data) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(shared_data / "models" / "stories260k")
+    for token in (410, 35):
+        with pytest.raises(ValueError, match="ordinary text"):
+            resolve_mask_token(tokenizer, config(vocab_size=512), mask_token_id=token)
+
+
+def test_another_new_special_token_is_not_taken_for_it(shared_data) -> None:
+    tokenizer = load_tokenizer(
+        ModelArguments(
+            model_name_or_path="unused",
+            tokenizer_name_or_path=str(shared_data / "tokenizers" / "qwen2.5"),
+            new_special_tokens=["<a>"],
+        )
+    )
+    with pytest.raises(ValueError, match=r"151665 .* is '<a>', a new special token"):
+        resolve_mask_token(tokenizer, config(vocab_size=151_936))

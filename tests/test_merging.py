@@ -14,9 +14,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_sft.arguments import ModelArguments
 from hf_sft.commands import merge
-from hf_sft.merging import merge_adapter
+from hf_sft.merging import load_merged, merge_adapter
 from hf_sft.models.adapters import save_adapter
+from hf_sft.models.inference import base_arguments
 from hf_sft.models.loading import load_tokenizer
+from hf_sft.models.mask_token import record_mask_token, recorded_mask_token
 
 
 def trained_adapter(tmp_path: Path, mode: str = "lora", new: list[str] | None = None, family: str = "llama", **lora):
@@ -86,6 +88,24 @@ def test_a_base_in_bfloat16_keeps_its_type(tmp_path) -> None:
     assert merged.dtype == torch.bfloat16
 
 
+def test_rotary_frequencies_are_not_rounded_with_the_weights(tmp_path) -> None:
+    adapter, ids, _ = trained_adapter(tmp_path, family="qwen2")
+    in_memory, _ = load_merged(str(adapter), base_arguments(str(adapter), None), dtype="bfloat16")
+    assert {p.dtype for p in in_memory.parameters()} == {torch.bfloat16}
+    written = merge_adapter(str(adapter), str(tmp_path / "merged"), dtype="bfloat16")
+    assert torch.equal(logits(in_memory, ids), logits(AutoModelForCausalLM.from_pretrained(written), ids))
+
+
+def test_the_mask_token_of_the_adapter(tmp_path) -> None:
+    """An adapter has no config of its own: its generation config names the token, and the merged model's config as well."""
+    adapter, _, _ = trained_adapter(tmp_path, new=NEW)
+    base = tiny_model()
+    record_mask_token(base, 260)
+    base.generation_config.save_pretrained(adapter)
+    merged = merge_adapter(str(adapter), str(tmp_path / "merged"))
+    assert recorded_mask_token(AutoModelForCausalLM.from_pretrained(merged)) == 260
+
+
 def test_the_base_may_have_moved(tmp_path) -> None:
     adapter, ids, expected = trained_adapter(tmp_path)
     shutil.move(tmp_path / "base", tmp_path / "moved")
@@ -112,6 +132,9 @@ def test_nothing_is_overwritten_and_nothing_half_written(tmp_path, monkeypatch) 
     monkeypatch.undo()
     merge_adapter(str(adapter), str(target))
     assert (target / "model.safetensors").is_file()
+    with pytest.raises(ValueError, match="no adapter"):
+        merge_adapter(str(target), str(tmp_path / "new" / "deep" / "folder"))
+    assert not (tmp_path / "new").exists()
 
 
 def test_an_adapter_of_another_base(tmp_path) -> None:

@@ -49,28 +49,37 @@ def test_every_number_of_slots_is_equally_likely() -> None:
     assert np.abs(share - 0.25).max() < 4 * math.sqrt(0.25 * 0.75 / 4000)  # 4 standard errors
 
 
+Slots = tuple[int, ...]
+
+
+def every_mask(flags: np.ndarray, rule: MaskRule) -> dict[Slots, tuple[float, np.ndarray]]:
+    """All masks of a document with one block to learn: positions of the slots -> probability and weight [L], as drawn.
+
+    m = ceil(u n) is constant on each of the n intervals of u, so that the middle of each stands for a probability of 1 / n.
+    """
+    n, found = int(flags.sum()), {}
+    blocks = -(-len(flags) // rule.block_size)
+    for m in range(1, n + 1):
+        drawn = {}
+        for seed in range(200):
+            mask = mask_at_ratio(flags, np.full(blocks, (m - 0.5) / n), rule, np.random.default_rng(seed))
+            drawn[tuple(np.nonzero(mask.masked)[0].tolist())] = mask.weight
+        assert set(drawn) == set(itertools.combinations(np.nonzero(flags)[0].tolist(), m))  # every subset, no other
+        found |= {slots: (1 / n / len(drawn), weight) for slots, weight in drawn.items()}
+    return found
+
+
 @pytest.mark.parametrize("weighting", ["weighted", "uniform"])
-def test_the_mean_over_all_masks_is_the_any_order_bound(weighting: str) -> None:
-    """Enumerated: all m, all subsets of a block of 4, a made-up nll(i, S). Uniform weights keep the sum of weights only."""
-    n = 4
-    rng = np.random.default_rng(0)
-    subsets = {m: list(itertools.combinations(range(n), m)) for m in range(1, n + 1)}
-    nll = {(i, s): rng.random() for m in subsets for s in subsets[m] for i in s}
-    bound = n * np.mean([np.mean([sum(nll[i, s] for i in s) / m for s in subsets[m]]) for m in subsets])
-    rule = MaskRule(n, weighting=weighting)  # type: ignore[arg-type]
-    total, weights = 0.0, 0.0
-    for m in subsets:
-        weight = {}
-        for seed in range(200):  # the weight of a drawn mask is a function of (n, m) alone
-            mask = mask_at_ratio(np.ones(n, bool), np.array([m / n]), rule, np.random.default_rng(seed))
-            assert mask.masked.sum() == m
-            weight[tuple(np.nonzero(mask.masked)[0])] = mask.weight[mask.masked]
-        assert set(weight) == set(subsets[m])  # every subset is reached
-        total += np.mean([sum(w * nll[i, s] for i, w in zip(s, weight[s], strict=True)) for s in subsets[m]]) / n
-        weights += np.mean([weight[s].sum() for s in subsets[m]]) / n
-    assert weights == pytest.approx(n, rel=1e-12)
-    if weighting == "weighted":
-        assert total == pytest.approx(bound, rel=1e-12)
+def test_the_weights_of_all_masks_sum_to_n(weighting: str) -> None:
+    """And n / m makes any nll(i, S) the any-order bound; uniform weights keep the sum of weights only."""
+    n, rng = 4, np.random.default_rng(0)
+    drawn = every_mask(np.ones(n, dtype=bool), MaskRule(n, weighting=weighting))  # type: ignore[arg-type]
+    assert len(drawn) == 2**n - 1
+    assert sum(share * weight.sum() for share, weight in drawn.values()) == pytest.approx(n, rel=1e-12)
+    nll = {slots: rng.random(len(slots)) for slots in drawn}
+    total = sum(share * (weight[list(slots)] * nll[slots]).sum() for slots, (share, weight) in drawn.items())
+    means = [np.mean([nll[slots].mean() for slots in drawn if len(slots) == m]) for m in range(1, n + 1)]
+    assert (total == pytest.approx(n * np.mean(means), rel=1e-12)) == (weighting == "weighted")
 
 
 def test_reference_masks_round_n_gamma_with_weight_1_over_gamma() -> None:
@@ -178,8 +187,8 @@ def test_half_prompt_data_keeps_about_half_of_the_noisy_stream() -> None:
 # Oracles, in float64 through a real network
 
 
-def exact_model():
-    model = tiny.tiny_model("llama")
+def exact_model(**overrides):
+    model = tiny.tiny_model("llama", **overrides)
     for module in model.modules():  # transformers' RMSNorm goes through float32
         if hasattr(module, "variance_epsilon"):
             module.forward = lambda x, m=module: (
@@ -199,7 +208,8 @@ def _rotary(inv_freq, position_ids):
     return angles.cos(), angles.sin()
 
 
-MASK_ID = 258
+def mask_id(model) -> int:
+    return model.config.vocab_size - 1
 
 
 def dual_logits(model, texts: list[np.ndarray], documents: list[np.ndarray], elide: bool):
@@ -207,13 +217,29 @@ def dual_logits(model, texts: list[np.ndarray], documents: list[np.ndarray], eli
     ids = []
     for text, masked in zip(texts, documents, strict=True):
         stream = noisy_stream(masked, B, elide=elide)
-        ids += [text, np.where(stream.slot, MASK_ID, text[stream.pos])]
+        ids += [text, np.where(stream.slot, mask_id(model), text[stream.pos])]
     with torch.no_grad():
         logits = model(
             input_ids=torch.from_numpy(np.concatenate(ids))[None], position_ids=layout.pos[None],
             attention_mask=layout.allowed()[None, None], use_cache=False,
         ).logits[0]  # fmt: skip
     return logits, layout, slot
+
+
+def slot_logits(model, text: np.ndarray, block: np.ndarray, slots: np.ndarray) -> torch.Tensor:
+    """[m, V] from one causal pass over [prefix; observed; masks], each at its own position, as decoding runs it.
+
+    ``block`` are the positions of the block, ``slots`` those of its m hidden tokens.
+    """
+    order = np.concatenate([np.arange(block[0]), block[~np.isin(block, slots)], slots])
+    ids = np.where(np.isin(order, slots), mask_id(model), text[order])
+    causal = torch.ones(len(order), len(order), dtype=torch.bool).tril()
+    with torch.no_grad():
+        logits = model(
+            input_ids=torch.from_numpy(ids)[None], position_ids=torch.from_numpy(order)[None],
+            attention_mask=causal[None, None], use_cache=False,
+        ).logits[0]  # fmt: skip
+    return logits[-len(slots) :]
 
 
 @pytest.mark.parametrize("elide", [True, False])
@@ -232,14 +258,45 @@ def test_clean_logits_are_autoregressive_and_slot_logits_one_causal_pass(elide: 
             slots = positions[masked[positions]]
             if not len(slots):
                 continue
-            # One causal pass over [prefix; observed; masks], each at its own position, as decoding runs it.
-            order = np.concatenate([np.arange(block), positions[~masked[positions]], slots])
-            ids = np.where(np.isin(order, slots), MASK_ID, text[order])
-            causal = torch.ones(len(order), len(order), dtype=torch.bool).tril()
-            with torch.no_grad():
-                one_pass = model(
-                    input_ids=torch.from_numpy(ids)[None], position_ids=torch.from_numpy(order)[None],
-                    attention_mask=causal[None, None], use_cache=False,
-                ).logits[0]  # fmt: skip
+            one_pass = slot_logits(model, text, positions, slots)
             here = own & slot & np.isin(layout.pos.numpy(), slots)
-            torch.testing.assert_close(logits[here], one_pass[-len(slots) :], rtol=0, atol=1e-12)
+            torch.testing.assert_close(logits[here], one_pass, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("elide", [True, False])
+@pytest.mark.parametrize("prompt", [0, 3, B])
+def test_the_mean_over_masks_is_the_any_order_bound_of_a_network(prompt: int, elide: bool) -> None:
+    """A block of 4 supervised tokens: the loss over all 15 masks, as trained, against all 24 orders of decoding.
+
+    What a network says of hidden token i is a function nll(i, S) of i and the *set* S of hidden tokens: what is observed, and the
+    slots, stand in the order of their positions, however the observed came to be. An order o of decoding pays
+    sum_k nll(o_k, S_k), S_k being what is hidden before step k. Over all orders each S of m tokens is met at step n - m with
+    probability 1 / C(n, m), and o_k is any of its tokens with probability 1 / m: the mean over orders is
+    sum_m E_S[1 / m * sum_(i in S) nll(i, S)] = n * E_m E_S[...], the mean over masks with weights n / m. Nothing is left out.
+    """
+    n, model = 4, exact_model(vocab_size=9, pad_token_id=0, eos_token_id=1)
+    text = np.random.default_rng(prompt).integers(0, mask_id(model), prompt + n)
+    flags, block = np.arange(prompt + n) >= prompt, np.arange(prompt // B * B, prompt + n)
+    learned = np.nonzero(flags)[0].tolist()
+
+    trained = 0.0  # weights as drawn, slots in the dual stream
+    masks_drawn = every_mask(flags, MaskRule(B))
+    assert len(masks_drawn) == 15
+    for slots, (share, weight) in masks_drawn.items():
+        logits, layout, slot = dual_logits(model, [text], [np.isin(np.arange(len(text)), slots)], elide)
+        pos = layout.pos.numpy()[slot]
+        nll = -torch.log_softmax(logits[slot], -1)[torch.arange(len(pos)), text[pos]].numpy()
+        trained += share * (weight[pos] * nll).sum()
+
+    paid = []  # by each order, slots in one causal pass
+    for order in itertools.permutations(learned):
+        total = 0.0
+        for step, token in enumerate(order):
+            hidden = np.array(sorted(order[step:]))
+            logits = slot_logits(model, text, block, hidden)[hidden.tolist().index(token)]
+            total -= torch.log_softmax(logits, -1)[text[token]].item()
+        paid.append(total)
+    assert len(paid) == 24 and np.ptp(paid) > 1e-3 * np.mean(
+        paid
+    )  # orders differ: the mean is not that of equal things
+    assert trained == pytest.approx(np.mean(paid), rel=1e-12)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
+import runs
 import tiny
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -12,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from hf_sft.arguments import ModelArguments
 from hf_sft.attention.selfcheck import choose_layout
 from hf_sft.models.loading import load_model, load_tokenizer
-from hf_sft.models.wedlm import WeDLMConfig, WeDLMForCausalLM, register
+from hf_sft.models.wedlm import WeDLMConfig, WeDLMForCausalLM
 
 IDS = torch.tensor([[1, 5, 9, 200, 3]])
 
@@ -68,7 +71,19 @@ def test_contradictory_configs_are_refused() -> None:
     assert WeDLMConfig(attention_bias=True).qk_norm is False and WeDLMConfig().qk_norm is True
 
 
-def test_registering_twice_changes_nothing() -> None:
-    register()
-    register()
-    assert AutoConfig.for_model("wedlm").model_type == "wedlm"
+def test_the_auto_classes_know_the_type_once_anything_is_imported(tmp_path) -> None:
+    folder = renamed(tmp_path / "a", "qwen3")
+    for line in (
+        "from hf_sft import SFTTrainer",
+        "from hf_sft import generate_wedlm",
+        "from hf_sft import WeDLMForCausalLM",
+    ):
+        load = f"{line}; from transformers import AutoModelForCausalLM as A; print(type(A.from_pretrained({folder!r})).__name__)"
+        process = subprocess.run([sys.executable, "-c", load], capture_output=True, text=True, cwd=runs.ROOT)
+        assert process.stdout.strip() == "WeDLMForCausalLM", process.stderr
+
+
+def test_what_is_trained_names_no_code_that_is_not_there(tmp_path) -> None:
+    model = load_model(ModelArguments(model_name_or_path=renamed(tmp_path / "a", "qwen3")))
+    model.save_pretrained(tmp_path / "b")
+    assert "auto_map" not in json.loads((tmp_path / "b" / "config.json").read_text())

@@ -98,10 +98,13 @@ def test_two_processes_learn_what_one_does(tmp_path) -> None:
         assert math.isclose(first[key], second[key], rel_tol=1e-5), key
 
 
-@pytest.mark.parametrize("mode", ["full", "lora"])
+@pytest.mark.parametrize("mode", ["full", "lora", "qlora"])
 def test_killed_and_resumed_equals_undisturbed(tmp_path, mode: str) -> None:
     values = runs.arguments(tmp_path, "qwen3", save_strategy="steps", save_steps=3, max_steps=11, **WORDS)
-    values |= {"train_mode": "lora", "lora_rank": 4, "dtype": "float32"} if mode == "lora" else {}
+    values |= {} if mode == "full" else {"train_mode": mode, "lora_rank": 4, "dtype": "float32"}
+    if mode == "qlora":
+        pytest.importorskip("bitsandbytes")
+        tiny.save_tiny(tmp_path / "model-qwen3", "qwen3", hidden_size=64, intermediate_size=64)
     undisturbed = runs.train({**values, "output_dir": str(tmp_path / "undisturbed")})
     process = runs.train_process(values, script="tests/die_at_step.py", HF_SFT_DIE_AT="8")
     assert process.returncode == -signal.SIGKILL, process.stderr
@@ -208,6 +211,7 @@ def test_functions_on_logits_see_the_clean_stream(tmp_path) -> None:
     trainer = make_trainer(tmp_path, evaluation=token_rows(7, seed=9), compute_metrics=accuracy)
     metrics = trainer.evaluate()
     assert math.isclose(metrics["eval_mine"], metrics["eval_token_accuracy"]) and "eval_any_order_bound" not in metrics
+    assert math.isclose(metrics["eval_loss"], math.log(metrics["eval_perplexity"]), rel_tol=1e-6)
 
 
 # ---- from a file of conversations or texts to a model that says what its mask is ----
@@ -290,12 +294,12 @@ def test_wrong_settings(tmp_path, changes: dict, message: str) -> None:
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("family, message", [("mamba", "no rotary positions"), ("gpt2", "no rotary positions")])
-def test_models_without_rotary_positions(tmp_path, family: str, message: str) -> None:
+@pytest.mark.parametrize("family", ["mamba", "gpt2"])
+def test_models_without_rotary_positions(tmp_path, family: str) -> None:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     model = GPT2LMHeadModel(GPT2Config(vocab_size=259, n_embd=32, n_layer=1, n_head=2)) if family == "gpt2" else None
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match="no rotary positions"):
         make_trainer(tmp_path, model=model or tiny.tiny_model(family))
 
 
@@ -333,26 +337,110 @@ def test_official_code_is_not_run(tmp_path) -> None:
 # ---- from Python ----
 
 
+def python_options(folder, **changes) -> dict:
+    args = TrainingArguments(output_dir=str(folder), max_steps=2, use_cpu=True, disable_tqdm=True, save_strategy="no")
+    return {
+        "args": args, "processing_class": tiny.tiny_tokenizer(), "train_dataset": tiny.conversations(12), "data_args": DATA,
+        "wedlm_args": WeDLMArguments(8, mask_token="<|mask|>"), **changes,
+    }  # fmt: skip
+
+
 def test_a_new_mask_token_gets_a_row_from_python_too(tmp_path, caplog) -> None:
     from peft import LoraConfig
 
-    chats = tiny.conversations(12)
-    args = TrainingArguments(output_dir=str(tmp_path), max_steps=2, use_cpu=True, disable_tqdm=True, save_strategy="no")
-    options = {"train_dataset": chats, "data_args": DATA, "wedlm_args": WeDLMArguments(8, mask_token="<|mask|>")}
-    trainer = SFTTrainer(tiny.tiny_model("qwen3"), args, processing_class=tiny.tiny_tokenizer(), **options)
+    trainer = SFTTrainer(tiny.tiny_model("qwen3"), **python_options(tmp_path))
     assert trainer.embedding_rows == 260 and recorded_mask_token(trainer.model) == 259
     trainer.train()
-    lora = LoraConfig(target_modules=["q_proj"])
-    with pytest.raises(ValueError, match="name the token's id in trainable_token_indices"):
-        SFTTrainer(tiny.tiny_model("qwen3"), args, processing_class=tiny.tiny_tokenizer(), peft_config=lora, **options)
-    options["wedlm_args"] = WEDLM
-    rows = {**options, "train_dataset": token_rows(4)}
-    SFTTrainer(tiny.tiny_model("qwen3"), args, peft_config=lora, **rows)
-    assert "the row of the mask token 258 is not trained" in caplog.text
-    caplog.clear()
-    trained_row = LoraConfig(target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [258]})
-    SFTTrainer(tiny.tiny_model("qwen3"), args, peft_config=trained_row, **rows)
-    assert "is not trained" not in caplog.text
+    for asked, trained_rows in ((None, [259]), ([5], [5, 259]), ({"model.embed_tokens": [7]}, [7, 259])):
+        lora = LoraConfig(target_modules=["q_proj"], trainable_token_indices=asked)
+        trainer = SFTTrainer(tiny.tiny_model("qwen3"), **python_options(tmp_path, peft_config=lora))
+        adapter = trainer.model.get_base_model().get_input_embeddings().token_adapter
+        assert adapter.token_indices["default"] == trained_rows and lora.trainable_token_indices == asked
+        trainer.train()
+        moved = adapter.trainable_tokens_delta["default"] - adapter.trainable_tokens_original["default"]
+        assert moved[-1].norm() > 0
+    assert "does not train the row" not in caplog.text
+
+
+def test_a_model_with_an_adapter_of_its_own(tmp_path, caplog) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    adapted = get_peft_model(tiny.tiny_model("qwen3"), LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="is new and the model has an adapter already"):
+        SFTTrainer(adapted, **python_options(tmp_path))
+    SFTTrainer(
+        adapted, **python_options(tmp_path, wedlm_args=WEDLM, train_dataset=token_rows(4), processing_class=None)
+    )
+    assert "does not train the row of the mask token 258" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"data_args": DataArguments(max_seq_length=128, objective="casual")}, "objective is 'casual': it must be"),
+        ({"wedlm_args": WeDLMArguments("8", mask_token_id=258)}, "block_size is '8': it must be a whole number"),
+        (
+            {"wedlm_args": WeDLMArguments(8, mask_token_id=999), "processing_class": None},
+            "999 .* is beyond the vocabulary",
+        ),
+        (
+            {"wedlm_args": WeDLMArguments(8, mask_token_id=-1), "processing_class": None},
+            "-1 .* is beyond the vocabulary",
+        ),
+        ({"wedlm_args": WeDLMArguments(8, mask_token=" ")}, "mask_token is ' ': name a token that is not blank"),
+        ({"wedlm_args": WeDLMArguments(256, mask_token_id=258)}, "block_size is 256"),
+    ],
+)
+def test_wrong_settings_from_python(tmp_path, changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SFTTrainer(tiny.tiny_model("qwen3"), **python_options(tmp_path, train_dataset=token_rows(4), **changes))
+
+
+def test_the_smallest_bound_is_the_best(tmp_path) -> None:
+    import transformers
+
+    plain = transformers.TrainingArguments(
+        output_dir=str(tmp_path), use_cpu=True, eval_strategy="epoch", save_strategy="epoch", load_best_model_at_end=True,
+        metric_for_best_model="any_order_bound",
+    )  # fmt: skip
+    options = python_options(tmp_path, eval_dataset=tiny.conversations(3), args=plain)
+    assert SFTTrainer(tiny.tiny_model("qwen3"), **options).args.greater_is_better is False
+
+
+def test_what_is_measured_does_not_depend_on_the_tail(tmp_path) -> None:
+    found = []
+    for tail in (0, 8):
+        wedlm = WeDLMArguments(8, mask_token="<|mask|>", num_learnable_im_end=tail)
+        options = python_options(tmp_path, eval_dataset=tiny.conversations(6), wedlm_args=wedlm)
+        metrics = SFTTrainer(tiny.tiny_model("qwen3"), **options).evaluate()
+        found.append(
+            {
+                key: value
+                for key, value in metrics.items()
+                if "second" not in key and "runtime" not in key and "time" not in key
+            }
+        )
+    assert found[0] == found[1]
+
+
+def test_token_rows_have_no_tail_to_cut(tmp_path) -> None:
+    data = DataArguments(max_seq_length=16, objective="wedlm", overlength="error")
+    row = {"input_ids": [1, 2, *[7] * 15], "labels": [-100, 2, *[7] * 15]}
+    with pytest.raises(ValueError, match="17 tokens, but max_seq_length is 16"):
+        make_trainer(tmp_path, train=[row], data=data)
+
+
+def test_an_adapter_goes_on_with_its_mask_token(tmp_path) -> None:
+    options = {"train_mode": "lora", "lora_rank": 4, "dtype": "float32", "max_steps": 2}
+    values = runs.arguments(tmp_path, "qwen3", **WORDS)
+    tiny.save_tiny(tmp_path / "padded", "qwen3", vocab_size=300)
+    values["model_name_or_path"] = str(tmp_path / "padded")
+    first = runs.train({**values, **options})
+    again = {key: value for key, value in values.items() if key != "mask_token"}
+    again |= {"train_mode": "lora", "dtype": "float32", "max_steps": 2, "adapter_name_or_path": str(first)}
+    again |= {"tokenizer_name_or_path": str(first), "output_dir": str(tmp_path / "second")}
+    second = runs.train(again)
+    assert json.loads((second / "generation_config.json").read_text())["mask_token_id"] == 259
 
 
 def test_flex_does_not_train_on_a_cpu(tmp_path) -> None:

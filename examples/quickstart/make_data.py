@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -67,10 +67,11 @@ def write_model(folder: Path) -> None:
     config.save_pretrained(folder)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main(description: str, record: Callable[[random.Random, bool], list[dict[str, str]]], records: int) -> None:
+    """Write train.jsonl, eval.jsonl (200 held-out records) and model/ to the folder on the command line."""
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--records", type=int, default=18_000)
+    parser.add_argument("--records", type=int, default=records)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     rng = random.Random(options.seed)
@@ -82,4 +83,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, record, 18_000)

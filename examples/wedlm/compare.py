@@ -20,14 +20,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_sft import generate_wedlm
-from hf_sft.models.wedlm import register
 
 MAX_NEW_TOKENS = 128
 THRESHOLDS = [0.1, 0.2, 0.4, 0.8]
 
 
 def load(folder: str) -> tuple[Any, Any]:
-    register()
     return AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
 
 
@@ -115,7 +113,7 @@ def main() -> None:
 
 
 def keeps_promise(rows: list[dict[str, Any]], prompts: int) -> bool:
-    base = rows[0]["right"]
+    base = max(rows[0]["right"], rows[1]["right"])  # whichever of the two is better one token at a time
     free = any(r["tokens_per_pass"] >= 2.5 and r["right"] >= base - 2 for r in rows if "parallel" in r["decoding"])
     verified = [r for r in rows if "verify" in r["decoding"]]
     exact = all(r["as_one_by_one"] == prompts for r in verified)

@@ -8,14 +8,13 @@ fifth combination is held out of training.
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "quickstart"))
-from make_data import write_model, write_records
+from make_data import main
 
 NAMES = [
     "Ada",
@@ -65,19 +64,5 @@ def record(rng: random.Random, held_out: bool) -> list[dict[str, str]]:
     return [{"role": "user", "content": ", ".join(parts)}, {"role": "assistant", "content": answer}]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--records", type=int, default=6_000)
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    rng = random.Random(options.seed)
-    options.folder.mkdir(parents=True, exist_ok=True)
-    write_records(options.folder / "train.jsonl", (record(rng, False) for _ in range(options.records)))
-    write_records(options.folder / "eval.jsonl", (record(rng, True) for _ in range(200)))
-    write_model(options.folder / "model")
-    print(f"{options.records} conversations, tokenizer and config in {options.folder}")
-
-
 if __name__ == "__main__":
-    main()
+    main(__doc__, record, 6_000)

@@ -29,13 +29,16 @@ class Dense:
     def inputs(self, model: PreTrainedModel, layout: Layout) -> dict[str, Any]:
         additive = model.config._attn_implementation == "eager"
         windows = layer_windows(model.config)
-        masks = {kind: _as_mask(layout.allowed(window), additive, model.dtype) for kind, window in windows.items()}
+        masks = {kind: as_mask(layout.allowed(window), additive, model.dtype) for kind, window in windows.items()}
         return {"attention_mask": masks if len(masks) > 1 else next(iter(masks.values()))}
 
 
-def _as_mask(allowed: Tensor, additive: bool, dtype: torch.dtype) -> Tensor:
-    """[T, T] bool to [1, 1, T, T]: bool for SDPA; for eager attention, which adds its mask, 0 or the type's minimum."""
-    allowed = allowed[None, None]
+def as_mask(allowed: Tensor, additive: bool, dtype: torch.dtype) -> Tensor:
+    """[..., Q, K] bool to a 4-D mask, [1, 1, Q, K] where two dimensions are given, which keys each query sees.
+
+    Bool for SDPA; for eager attention, which adds its mask, 0 or the minimum of ``dtype``.
+    """
+    allowed = allowed[(None,) * (4 - allowed.ndim)]
     if not additive:
         return allowed
     return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(~allowed, torch.finfo(dtype).min)

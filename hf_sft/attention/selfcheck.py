@@ -97,6 +97,9 @@ def choose_layout(
         return Choice(None, "packing is false")
     if wedlm:
         _require_rotary_positions(base)
+    if requested != "auto":
+        backend_named(requested, wedlm=wedlm).install(base)  # what it needs and has not is said in its own words
+        restore_attention(base)
     verdicts: list[Verdict] = []
     for name in _candidates(base, wedlm) if requested == "auto" else (requested,):
         verdict = check_backend(model, backend_named(name, wedlm=wedlm), mask_token_id)
@@ -140,6 +143,8 @@ def check_backend(model: nn.Module, backend: Backend, mask_token_id: int | None 
     own = restore_attention(base)
     with evaluating(model), torch.no_grad():
         verdict = _measure(model, base, backend, mask_token_id)
+    if verdict.passed and base.device.type != "cpu":
+        verdict = _measure_backward(model, backend, verdict)
     if not verdict.passed:
         base.set_attn_implementation(own)
     return verdict
@@ -181,6 +186,20 @@ def _measure(model: nn.Module, base: PreTrainedModel, backend: Backend, mask_tok
     return Verdict(
         backend.name, difference <= same, f"{measured}, mask slots packed and in one causal pass by {difference:.1e}"
     )
+
+
+def _measure_backward(model: nn.Module, backend: Backend, verdict: Verdict) -> Verdict:
+    """Kernels that are compiled for a device may have a forward pass there and no backward pass."""
+    weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    ids = torch.arange(sum(_LENGTHS), device=weights[0].device) if weights else torch.empty(0)
+    try:
+        if weights:
+            with torch.enable_grad(), torch.autocast(ids.device.type, torch.bfloat16, enabled=backend.half_only):
+                total = _packed_logits(model, backend, list(ids.split(_LENGTHS))).float().sum()
+            torch.autograd.grad(total, weights, allow_unused=True)
+    except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
+        return Verdict(backend.name, False, f"the backward pass fails ({error})")
+    return verdict
 
 
 def _packed_logits(model: nn.Module, backend: Backend, documents: list[Tensor]) -> Tensor:

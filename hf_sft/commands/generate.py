@@ -14,15 +14,17 @@ from pathlib import Path
 from typing import IO, Any
 
 _PARALLEL = ("window", "entropy_threshold", "distance_penalty", "verify")
+_ANSWER = {"role": "assistant", "content": "..."}  # the checks are those of training data, which ends in an answer
 
 
 @dataclass
 class Request:
-    """One prompt: what it says (a text or messages), and the answer to expect, where the record has one."""
+    """One prompt: what it says (a text or messages), the answer to expect, where the record has one, and where it stands."""
 
     prompt: str | list[dict[str, Any]]
     reference: Any = None
     extras: dict[str, Any] = field(default_factory=dict)
+    where: str = ""  # file and line
 
 
 @dataclass
@@ -40,11 +42,15 @@ def main(argv: Sequence[str]) -> int:
     _check(options)
     requests = [Request(text) for text in options.prompt or ()] or list(_read(Path(options.file), options.raw))
 
+    from hf_sft.generation import check_sampling
     from hf_sft.models.inference import load_for_inference
 
+    check_sampling(options.temperature, options.top_p, options.top_k, options.seed)
     model, tokenizer = load_for_inference(
         options.model, base=options.base, dtype=options.dtype, trust_remote_code=options.trust_remote_code
     )
+    if not options.raw and not tokenizer.chat_template:
+        raise ValueError("the tokenizer has no chat template; save one with it, or continue plain texts with raw")
     decode = _decoder(model, tokenizer, options)
     rows = [_encode(request, tokenizer, options) for request in requests]
     stops = _stop_tokens(model)
@@ -126,20 +132,23 @@ def _read(path: Path, raw: bool) -> Iterator[Request]:
                 raise FormatError("raw continues texts, and this record holds messages; leave out raw")
         except FormatError as error:
             raise ValueError(f"{where}: {error}") from error
+        request.where = where
         yield request
 
 
 def _request(record: Any) -> Request:
     """The prompt of a record: ``messages``, ``prompt`` (text or messages) or ``question``, or the bare messages or text."""
-    from hf_sft.data.formats import FormatError, check_messages
+    from hf_sft.data.formats import FormatError, check_messages, to_conversation
 
     fields = record if isinstance(record, dict) else {"prompt": record}
-    extras = {key: fields[key] for key in ("tools", "chat_template_kwargs") if fields.get(key)}
     found = next((key for key in ("messages", "prompt", "question") if fields.get(key) is not None), None)
     if found is None:
         raise FormatError(
             f"the record has {', '.join(fields) or 'no keys'}; a prompt, a question or messages are needed"
         )
+    given = {key: fields.get(key) for key in ("tools", "chat_template_kwargs")}
+    checked = to_conversation({"messages": [_ANSWER], **given})
+    extras = {"tools": checked.tools, "chat_template_kwargs": checked.template_kwargs}
     prompt = fields[found]
     if isinstance(prompt, str) and found != "messages":
         answers = ("answer",) if found == "question" else ("completion", "generation")
@@ -154,13 +163,19 @@ def _request(record: Any) -> Request:
         turns, reference = prompt[:-1], prompt[-1].get("content")
     if not turns:
         raise FormatError("the conversation is an answer alone; put the user's message before it")
-    # The checks are those of training data, which end in an answer.
-    checked = check_messages([*turns, {"role": "assistant", "content": "..."}])[:-1]
-    return Request([{k: v for k, v in turn.items() if k != "train"} for turn in checked], reference, extras)
+    messages = check_messages([*turns, _ANSWER])[:-1]
+    return Request([{k: v for k, v in turn.items() if k != "train"} for turn in messages], reference, extras)
 
 
 def _encode(request: Request, tokenizer: Any, options: argparse.Namespace) -> list[int]:
-    """Token ids of the prompt, up to where the model begins to write."""
+    """Token ids of the prompt, up to where the model begins to write; errors say where it stands."""
+    try:
+        return _ids(request, tokenizer, options)
+    except ValueError as error:
+        raise ValueError(f"{request.where}: {error}" if request.where else str(error)) from error
+
+
+def _ids(request: Request, tokenizer: Any, options: argparse.Namespace) -> list[int]:
     if options.raw:
         text = str(request.prompt)
         ids = tokenizer(text)["input_ids"]
@@ -175,10 +190,8 @@ def _encode(request: Request, tokenizer: Any, options: argparse.Namespace) -> li
 
 def _render(request: Request, tokenizer: Any, system: str | None) -> str:
     """The conversation under the tokenizer's template, with the generation prompt."""
-    from hf_sft.data.chat import any_of, forbidden_tokens, refuse_special
+    from hf_sft.data.chat import any_of, forbidden_tokens
 
-    if not tokenizer.chat_template:
-        raise ValueError("the tokenizer has no chat template; save one with it, or continue plain texts with raw")
     turns = [{"role": "user", "content": request.prompt}] if isinstance(request.prompt, str) else request.prompt
     if system is not None:
         if turns[0]["role"] in ("system", "developer"):
@@ -189,14 +202,18 @@ def _render(request: Request, tokenizer: Any, system: str | None) -> str:
     forbidden = any_of(forbidden_tokens(tokenizer, str(tokenizer.chat_template)))
     for turn in turns:
         for text in turn.values():
-            refuse_special(str(text), forbidden)
+            if found := forbidden.search(str(text)):
+                raise ValueError(
+                    f"the {turn['role']} message holds {found[0]!r}, which the tokenizer reads as a special token; remove "
+                    "it, or give the whole text as the prompt with raw"
+                )
     try:
         return tokenizer.apply_chat_template(
             turns,
             tools=request.extras.get("tools"),
             add_generation_prompt=True,
             tokenize=False,
-            **request.extras.get("chat_template_kwargs", {}),
+            **(request.extras.get("chat_template_kwargs") or {}),
         )
     except Exception as error:  # a template is code: it may raise whatever it likes
         raise ValueError(f"the chat template refuses the conversation: {type(error).__name__}: {error}") from error
@@ -245,10 +262,8 @@ def _autoregressive(
     from transformers import GenerationConfig, set_seed
 
     from hf_sft.decoding.passes import input_device
-    from hf_sft.generation import check_sampling
     from hf_sft.models.wrappers import base_model
 
-    check_sampling(options.temperature, options.top_p, options.top_k)
     draws: dict[str, Any] = {"do_sample": False}
     if options.temperature:
         draws = {name: getattr(options, name) for name in ("temperature", "top_p", "top_k")} | {"do_sample": True}

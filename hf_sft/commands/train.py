@@ -50,15 +50,19 @@ def run(arguments: Any) -> int:
     if data.task_type != "pretrain":
         tokenizer.chat_template = resolve_template(tokenizer, data.chat_template)
     objective = objective_of(arguments, tokenizer)
-    prepared = {"train": prepare_dataset(data.train_file, tokenizer, data=data, split="train", rules=objective.rules)}
+    rules = objective.row_rules(evaluation=False)
+    prepared = {"train": prepare_dataset(data.train_file, tokenizer, data=data, split="train", rules=rules)}
     if data.eval_file is not None:
-        prepared["eval"] = prepare_dataset(data.eval_file, tokenizer, data=data, split="eval", rules=objective.rules)
+        rules = objective.row_rules(evaluation=True)
+        prepared["eval"] = prepare_dataset(data.eval_file, tokenizer, data=data, split="eval", rules=rules)
     read_only = [objective.mask_token_id] if objective.mask_token_id is not None else []
     model = load_model(arguments.model, arguments.lora, tokenizer=tokenizer, training=training, input_rows=read_only)
     logger.info(summary(model))
 
     with _no_empty_folder(training.output_dir):
-        trainer = build_trainer(arguments, model, tokenizer, prepared["train"], prepared.get("eval"))
+        trainer = build_trainer(
+            arguments, model, tokenizer, prepared["train"], prepared.get("eval"), objective.mask_token_id
+        )
 
         def write_record() -> None:
             save_arguments(training.output_dir, {**record, **_resolved(arguments, trainer)})

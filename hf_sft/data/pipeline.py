@@ -63,15 +63,18 @@ class RowRules:
     end_tail: int = 0
     mask_token_id: int | None = None
 
-    def apply(self, row: TokenRow | ValueError, max_length: int) -> TokenRow | ValueError:
-        """The row as the objective wants it, or what is wrong with it; a tail never makes a row too long."""
+    def apply(self, row: TokenRow | ValueError, max_length: int, *, encoded: bool) -> TokenRow | ValueError:
+        """The row as the objective wants it, or what is wrong with it; a tail never makes a row too long.
+
+        ``encoded``: the row was made here; one that came as token rows has no tail of ours.
+        """
         if isinstance(row, ValueError):
             return row
         if self.mask_token_id in row["input_ids"]:
             return EncodingError(
                 f"it holds the mask token {self.mask_token_id}; take it out of the text, or choose another mask_token"
             )
-        return cut_tail(row, max_length, self.end_tail) if self.end_tail else row
+        return cut_tail(row, max_length, self.end_tail) if self.end_tail and encoded else row
 
 
 @dataclass(frozen=True)
@@ -263,7 +266,7 @@ def _token_rows(
         results = _encode_chunk(chunk, encoder, data, vocabulary)
         for record, result in zip(chunk, results, strict=True):
             place = f"{counts.source}, {record.unit} {record.number}"
-            row = rules.apply(result, data.max_seq_length)
+            row = rules.apply(result, data.max_seq_length, encoded=not is_token_row(record.value))
             if isinstance(row, ValueError):
                 counts.add_bad(place, str(row))
                 continue

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from hf_sft.attention.backends import layer_windows
+from hf_sft.attention.dense import as_mask
 from hf_sft.attention.protocol import is_routed
 from hf_sft.decoding.cache import RowCache
 from hf_sft.models.wrappers import base_model
@@ -92,8 +93,10 @@ class Decoder:
         self.model, self.rules = model, rules
         self.masks = AttentionMasks(base_model(model))
         self.cache = RowCache() if use_cache else None
-        self._keeps_logits = "logits_to_keep" in inspect.signature(base_model(model).forward).parameters
-        device = input_device(base_model(model))
+        base = base_model(model)
+        self._keeps_logits = "logits_to_keep" in inspect.signature(base.forward).parameters
+        self._spread = len(set((getattr(base, "hf_device_map", None) or {}).values())) > 1
+        device = input_device(base)
         lengths = [len(prompt) for prompt in prompts]
         positions = max(lengths) + max_new_tokens + 1
         self.tokens = torch.full((len(prompts), positions), rules.mask_token_id, device=device)
@@ -171,11 +174,7 @@ class Decoder:
         """One pass: run the model, check drafts, fill slots, move the border of the cache."""
         front, last = place.front_B, place.last_B
         positions, shown = self._arrange(place.tokens, last)
-        # Rows before these are the prompt's, or the run's: nothing is predicted from them.
-        needed = place.sure if self.rules.verify else place.front
-        kept = place.tokens - min(n - c - self.rules.verify for n, c in zip(needed, place.cached, strict=True))
-        logits = self._forward(positions, shown, place, kept)
-        skipped = place.tokens - kept
+        logits, rank = self._forward(positions, shown, place)
 
         filling = None
         if place.slots:
@@ -183,11 +182,11 @@ class Decoder:
             there = slots < (last - self.cached)[:, None]
             slots = torch.where(there, slots, positions.shape[1] - 1)
             at = torch.where(there, positions.gather(1, slots), self.tokens.shape[1] - 1)
-            tokens, entropy = self._predict(_take(logits, slots - skipped))
+            tokens, entropy = self._predict(_take(logits, rank[slots]))
             filling = at, tokens, self._choose(entropy, at - front[:, None], there)
         if self.rules.verify:
             drafts = max(f - s for f, s in zip(place.front, place.sure, strict=True))
-            self._verify(logits, skipped, front, drafts + 1, filling)
+            self._verify(logits, rank, front, drafts + 1, filling)
         else:
             assert filling is not None, "a row that has not ended has a slot"
             self._fill(*filling)
@@ -204,10 +203,24 @@ class Decoder:
         physical = rank.argsort(dim=1, stable=True)
         return logical.gather(1, physical), filled.gather(1, physical)
 
-    def _forward(self, positions: Tensor, shown: Tensor, place: _Pass, kept: int) -> Tensor:
-        """[B, kept, V] logits of the last ``kept`` tokens of the pass."""
+    def _needed(self, place: _Pass) -> list[int]:
+        """Columns of the pass that something is predicted from, in any row: not those of the prompt, nor of what is sure."""
+        first = [sure - 1 for sure in place.sure] if self.rules.verify else place.front
+        bounds = zip(first, place.last, place.cached, strict=True)
+        columns = sorted({column for start, end, cached in bounds for column in range(start - cached, end - cached)})
+        # A model on several devices gets a count, not indices: its head may be where they are not.
+        return list(range(columns[0], place.tokens)) if self._spread else columns
+
+    def _forward(self, positions: Tensor, shown: Tensor, place: _Pass) -> tuple[Tensor, Tensor]:
+        """[B, R, V] logits of the R needed columns, and for each of the Q columns its place among them (0 for the others)."""
+        needed = self._needed(place)
+        columns = torch.tensor(needed, device=positions.device)
+        rank = torch.zeros(place.tokens, dtype=torch.long, device=positions.device)
+        rank[columns] = torch.arange(len(needed), device=positions.device)
         ids = torch.where(shown, self.tokens.gather(1, positions), self.rules.mask_token_id)
-        options: dict[str, Any] = {"logits_to_keep": kept} if self._keeps_logits else {}
+        options: dict[str, Any] = {}
+        if self._keeps_logits:
+            options["logits_to_keep"] = len(needed) if self._spread else columns
         if self.cache is not None:
             self.cache.begin(self.cached, place.cached, ids.shape[1])
         output = self.model(
@@ -218,7 +231,8 @@ class Decoder:
             use_cache=self.cache is not None,
             **options,
         )
-        return output.logits[:, -kept:].to(ids.device)
+        logits = output.logits.to(ids.device)
+        return logits if self._keeps_logits else logits[:, columns], rank
 
     def _predict(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """[B, S, V] logits to [B, S] tokens and the entropies (nats) of the untempered distributions; the mask id is excluded."""
@@ -249,12 +263,12 @@ class Decoder:
         self.filled.scatter_(1, at, chosen | self.filled.gather(1, at))
 
     def _verify(
-        self, logits: Tensor, skipped: int, front: Tensor, count: int, filling: tuple[Tensor, Tensor, Tensor] | None
+        self, logits: Tensor, rank: Tensor, front: Tensor, count: int, filling: tuple[Tensor, Tensor, Tensor] | None
     ) -> None:
         """Check the drafts of the run by the greedy next tokens of the rows before them, of which there are up to ``count``."""
         steps = torch.arange(count, device=front.device)
         at = self.sure[:, None] + steps  # the positions that these rows choose the tokens of
-        rows = (at - 1 - self.cached[:, None] - skipped).clamp(max=logits.shape[1] - 1)
+        rows = rank[(at - 1 - self.cached[:, None]).clamp(max=len(rank) - 1)]
         greedy = self._without_mask(_take(logits, rows)).argmax(-1)
         drafted = at < front[:, None]
         at = at.clamp(max=self.tokens.shape[1] - 1)
@@ -293,7 +307,7 @@ class AttentionMasks:
                 f"decoding in parallel needs an attention that takes 4-D masks (sdpa, eager), and the model uses {own!r}; load "
                 "it with attn_implementation='sdpa'"
             )
-        self.dtype = base.dtype if own == "eager" else torch.bool
+        self.additive, self.dtype = own == "eager", base.dtype
         self.windows = layer_windows(base.config)
 
     def __call__(self, cached: Tensor, positions: Tensor, columns: int) -> Tensor | dict[str, Tensor]:
@@ -307,15 +321,8 @@ class AttentionMasks:
             if window is not None:
                 logical = column.expand(len(cached), -1).scatter(1, own, positions)
                 allowed = causal & (positions[:, :, None] - logical[:, None, :] < window)
-            masks[kind] = self._write(allowed[:, None])
+            masks[kind] = as_mask(allowed[:, None], self.additive, self.dtype)
         return masks if len(masks) > 1 else next(iter(masks.values()))
-
-    def _write(self, allowed: Tensor) -> Tensor:
-        """Bool as it is; for eager attention, which adds its mask, 0 or the type's minimum."""
-        if self.dtype == torch.bool:
-            return allowed
-        mask = torch.zeros(allowed.shape, dtype=self.dtype, device=allowed.device)
-        return mask.masked_fill_(~allowed, torch.finfo(self.dtype).min)
 
 
 def input_device(base: Any) -> torch.device:
@@ -338,4 +345,4 @@ def filter_logits(logits: Tensor, top_k: int, top_p: float) -> Tensor:
 
 def _take(logits: Tensor, rows: Tensor) -> Tensor:
     """[B, Q, V], [B, R] to [B, R, V]."""
-    return logits.gather(1, rows.clamp(min=0)[:, :, None].expand(-1, -1, logits.shape[-1]))
+    return logits.gather(1, rows[:, :, None].expand(-1, -1, logits.shape[-1]))

@@ -6,6 +6,7 @@ An adapter adds scale * B A to a frozen weight W [out, in], with A [r, in], B [o
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import warnings
@@ -93,6 +94,23 @@ def lora_config(
         ensure_weight_tying=tie,
         trainable_token_indices=_token_rows(base, new_token_ids, input_token_ids, [*saved, *targets]) or None,
     )
+
+
+def with_input_row(base: PreTrainedModel, config: PeftConfig, token: int) -> PeftConfig:
+    """A copy of ``config`` whose adapter trains the embedding's row of ``token``, where it does not train the embedding anyway.
+
+    Adapters that are not LoRA's have no such rows: they are returned as they are.
+    """
+    name = _last(_name_of(base, base.get_input_embeddings()))
+    if not isinstance(config, LoraConfig) or name in {_last(saved) for saved in config.modules_to_save or []}:
+        return config
+    rows: Any = config.trainable_token_indices or {}
+    rows = dict(rows) if isinstance(rows, dict) else {name: list(rows)}
+    key = next((known for known in rows if _last(known) == name), name)
+    rows[key] = sorted({*rows.get(key, []), token})
+    changed = copy.deepcopy(config)
+    changed.trainable_token_indices = rows
+    return changed
 
 
 def target_modules(base: PreTrainedModel, names: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import Any, cast
@@ -13,7 +12,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerF
 from hf_sft.arguments import ModelArguments
 from hf_sft.models.adapters import load_adapter, read_adapter_config
 from hf_sft.models.loading import load_config, load_model, load_tokenizer
-from hf_sft.models.mask_token import record_mask_token
+from hf_sft.models.mask_token import adapter_mask_token, record_mask_token
 from hf_sft.models.vocabulary import grow_embeddings, vocabulary_rows
 
 logger = logging.getLogger(__name__)
@@ -103,7 +102,6 @@ def adopt_generation_config(model: PreTrainedModel, adapter: str) -> None:
     if not path.is_file():
         return
     model.generation_config = GenerationConfig.from_pretrained(adapter)
-    # Of a file derived from a model's config, from_pretrained reads none but its own fields.
-    token = json.loads(path.read_text(encoding="utf-8")).get("mask_token_id")
+    token = adapter_mask_token(adapter)
     if token is not None:
-        record_mask_token(model, int(token))
+        record_mask_token(model, token)

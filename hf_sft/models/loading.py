@@ -27,7 +27,6 @@ from hf_sft.checks import check_lora, check_model
 from hf_sft.models.quantization import keep_trainable_on_cpu, quantization_config, quantized_device
 from hf_sft.models.vocabulary import add_special_tokens, resize_embeddings
 from hf_sft.models.wedlm import MODEL_TYPE
-from hf_sft.models.wedlm import register as register_wedlm
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -55,7 +54,6 @@ def load_tokenizer(model: ModelArguments, *, chat_template: str | None = None) -
             "No tokenizer is named; set model_name_or_path, or tokenizer_name_or_path to train from scratch."
         )
     _require_place(name, "tokenizer")
-    register_wedlm()
     if os.path.isdir(name) and not any(path for pattern in _TOKENIZER_PATTERNS for path in Path(name).glob(pattern)):
         raise ValueError(
             f"No tokenizer is in {name!r}: it holds no tokenizer.json. Set tokenizer_name_or_path to a folder or hub name that "
@@ -107,7 +105,7 @@ def load_model(
         loaded = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=model.trust_remote_code)
     else:
         loaded = _load_weights(model, dtype, training)
-    new_ids = resize_embeddings(loaded, tokenizer) if tokenizer is not None else []
+    new_ids = resize_embeddings(loaded, tokenizer, input_rows) if tokenizer is not None else []
     if model.train_mode == "full":
         return loaded
     from hf_sft.models.adapters import add_adapter
@@ -254,7 +252,6 @@ def _check_complete(name: str, info: dict[str, Any]) -> None:
 def load_config(name: str, model: ModelArguments) -> PretrainedConfig:
     """The config at ``name``; it must be one of a causal LM."""
     _require_place(name, "config")
-    register_wedlm()
     _refuse_official_code(name, model)
     try:
         config = AutoConfig.from_pretrained(
@@ -269,6 +266,8 @@ def load_config(name: str, model: ModelArguments) -> PretrainedConfig:
         raise ValueError(
             f"{name!r} is a {config.model_type!r} model, which transformers has no causal language model for."
         )
+    if config.model_type == MODEL_TYPE:
+        vars(config).pop("auto_map", None)  # it names files that are not saved with what is trained here
     return config
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
+from pathlib import Path
 from typing import Any
 
-from hf_sft.models.vocabulary import add_special_tokens
+from hf_sft.models.vocabulary import add_special_tokens, added_token_ids
 from hf_sft.models.wedlm import MODEL_TYPE
 from hf_sft.models.wrappers import base_model
 
@@ -40,47 +42,71 @@ def resolve_mask_token(
             raise ValueError(
                 "without a tokenizer the mask token is named by its id: set mask_token_id, or pass the tokenizer"
             )
+        _check_range(int(known), "the arguments" if known == mask_token_id else "the model's config", config, 0)
         return int(known)
     if mask_token is not None:
-        add_special_tokens(tokenizer, [mask_token])
-        named = int(tokenizer.convert_tokens_to_ids(mask_token))
+        named = _named_token(tokenizer, mask_token)
         if mask_token_id not in (None, named):
             raise ValueError(
                 f"mask_token {mask_token!r} has id {named}, and mask_token_id is {mask_token_id}: leave out one of the two"
             )
         mask_token_id = named
-    source = "the arguments"
-    if mask_token_id is None:
-        mask_token_id, source = getattr(config, "mask_token_id", None), "the model's config"
-    if mask_token_id is None:
-        mask_token_id, source = tokenizer.mask_token_id, "the tokenizer's mask token"
-    if mask_token_id is None:
-        mask_token_id, source = OFFICIAL_MASK_TOKEN_ID, "the official checkpoints, as nothing else names one"
-    _check_mask_token(int(mask_token_id), source, tokenizer, config)
-    return int(mask_token_id)
+    sources = {
+        "the arguments": mask_token_id,
+        "the model's config": getattr(config, "mask_token_id", None),
+        "the tokenizer's mask token": tokenizer.mask_token_id,
+        "the official checkpoints, as nothing else names one": OFFICIAL_MASK_TOKEN_ID,
+    }
+    source, token = next((source, int(token)) for source, token in sources.items() if token is not None)
+    if mask_token_id is None and token in added_token_ids(tokenizer):
+        name = tokenizer.convert_ids_to_tokens(token)
+        raise ValueError(f"the mask token id {token} (from {source}) is {name!r}, a new special token; {_WAY_OUT}")
+    _check_mask_token(token, source, tokenizer, config)
+    return token
 
 
-def _check_mask_token(token: int, source: str, tokenizer: Any, config: Any) -> None:
-    rows = max(int(getattr(config.get_text_config(), "vocab_size", 0) or 0), len(tokenizer))
+def _named_token(tokenizer: Any, token: str) -> int:
+    """The id of a token, which is added as a special one if it is new; a word of the vocabulary would change its meaning."""
+    if not isinstance(token, str) or not token.strip():
+        raise ValueError(f"mask_token is {token!r}: name a token that is not blank")
+    known = tokenizer.get_vocab().get(token)
+    if known is not None and not _is_special(tokenizer, known):
+        raise ValueError(f"mask_token {token!r} is a word of the vocabulary (id {known}), which texts hold; {_WAY_OUT}")
+    add_special_tokens(tokenizer, [token])
+    return int(tokenizer.convert_tokens_to_ids(token))
+
+
+def _is_special(tokenizer: Any, token: int) -> bool:
+    entry = tokenizer.added_tokens_decoder.get(token)
+    return token in tokenizer.all_special_ids or (entry is not None and entry.special)
+
+
+def _check_range(token: int, source: str, config: Any, tokens: int) -> None:
+    rows = max(int(getattr(config.get_text_config(), "vocab_size", 0) or 0), tokens)
     if not 0 <= token < rows:
         raise ValueError(
             f"the mask token id {token} (from {source}) is beyond the vocabulary of {rows} rows; {_WAY_OUT}"
         )
-    text = tokenizer.decode([token], skip_special_tokens=True)
-    if text:
+
+
+def _check_mask_token(token: int, source: str, tokenizer: Any, config: Any) -> None:
+    _check_range(token, source, config, len(tokenizer))
+    name = tokenizer.convert_ids_to_tokens(token) if token < len(tokenizer) else None
+    if name is None:
+        return  # a row of the padding
+    if not _is_special(tokenizer, token):
+        text = tokenizer.decode([token]) or name
         problem = f"the mask token id {token} (from {source}) is {text!r}, ordinary text for this tokenizer"
         if config.model_type != MODEL_TYPE:
             raise ValueError(f"{problem}; {_WAY_OUT}")
         logger.warning("%s, as in the official checkpoints; texts that hold it cannot be learned", problem)
         return
-    name = tokenizer.convert_ids_to_tokens(token) if token < len(tokenizer) else None
-    if name is None:
-        return
-    structure = {kind for kind in ("bos_token", "eos_token", "pad_token") if getattr(tokenizer, kind) == name}
-    in_template = isinstance(tokenizer.chat_template, str) and name in tokenizer.chat_template
-    if structure or in_template:
-        role = " and ".join(sorted(structure)) or "part of the chat template"
-        raise ValueError(f"the mask token id {token} (from {source}) is {name!r}, the tokenizer's {role}; {_WAY_OUT}")
+    kinds = ("bos_token", "eos_token", "pad_token", "unk_token")
+    roles = [f"the tokenizer's {kind}" for kind in kinds if getattr(tokenizer, kind, None) == name]
+    if isinstance(tokenizer.chat_template, str) and name in tokenizer.chat_template:
+        roles.append("part of the chat template")
+    if roles:
+        raise ValueError(f"the mask token id {token} (from {source}) is {name!r}, {' and '.join(roles)}; {_WAY_OUT}")
 
 
 def record_mask_token(model: Any, token: int) -> None:
@@ -99,3 +125,13 @@ def recorded_mask_token(model: Any) -> int | None:
         if token is not None:
             return int(token)
     return None
+
+
+def adapter_mask_token(folder: str) -> int | None:
+    """The id in the generation_config.json of an adapter's folder, which has no config of a model; None if there is none.
+
+    The file is read as it stands: ``GenerationConfig.from_pretrained`` drops fields that are not its own.
+    """
+    path = Path(folder, "generation_config.json")
+    token = json.loads(path.read_text(encoding="utf-8")).get("mask_token_id") if path.is_file() else None
+    return None if token is None else int(token)

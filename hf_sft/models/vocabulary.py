@@ -38,12 +38,15 @@ def added_token_ids(tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
     return list(getattr(tokenizer, _ADDED, []))
 
 
-def resize_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def resize_embeddings(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, read_only: Sequence[int] = ()
+) -> list[int]:
     """Give every token of ``tokenizer`` a row; returns the ids whose rows are new, ascending.
 
     V grows to ``len(tokenizer)`` if it is smaller and never shrinks. The rows of new tokens, whether appended or taken from the
     padding of the vocabulary, begin as the mean of the rows of the old tokens, in the head as well; all other rows keep their
-    bits.
+    bits. So do the rows that an untied head has already for ``read_only`` tokens, which are never written: an adapter does not
+    bring them along.
     """
     rows = vocabulary_rows(model)
     added = added_token_ids(tokenizer)
@@ -55,8 +58,9 @@ def resize_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
         )  # fmt: skip
     if len(tokenizer) > rows:
         grow_embeddings(model, len(tokenizer))
+    written = [token for token in new_ids if token not in read_only or token >= rows]
     if new_ids:
-        set_rows_to_mean(model, new_ids)
+        set_rows_to_mean(model, new_ids, head_ids=written)
     return new_ids
 
 
@@ -79,8 +83,9 @@ def grow_embeddings(model: PreTrainedModel, rows: int) -> None:
 
 
 @torch.no_grad()
-def set_rows_to_mean(model: PreTrainedModel, ids: Sequence[int]) -> None:
-    """Overwrite the rows ``ids`` of embedding and head by the mean of the rows below the first of them.
+def set_rows_to_mean(model: PreTrainedModel, ids: Sequence[int], head_ids: Sequence[int] | None = None) -> None:
+    """Overwrite the rows ``ids`` of embedding and head (of an untied one ``head_ids``, by default the same) by the mean of the
+    rows below the first of ``ids``.
 
     The mean keeps the new tokens' logits ordinary (Hewitt 2021, "Initializing new word embeddings for pretrained language
     models"); its covariance, which costs V H^2, is left out.
@@ -88,13 +93,16 @@ def set_rows_to_mean(model: PreTrainedModel, ids: Sequence[int]) -> None:
     first = min(ids)
     embedding: Any = model.get_input_embeddings()
     head: Any = model.get_output_embeddings()
-    tensors: list[torch.Tensor] = [embedding.weight]
+    chosen: list[tuple[torch.Tensor, Sequence[int]]] = [(embedding.weight, ids)]
     if head is not None:
-        tensors += [tensor for tensor in (head.weight, getattr(head, "bias", None)) if tensor is not None]
-    for tensor in {id(tensor): tensor for tensor in tensors}.values():  # a tied head is the embedding
-        if first > 0:
-            index = torch.tensor(list(ids), device=tensor.device)
+        own = ids if head_ids is None else head_ids
+        chosen += [(tensor, own) for tensor in (head.weight, getattr(head, "bias", None)) if tensor is not None]
+    done = set()
+    for tensor, rows in chosen:
+        if first > 0 and id(tensor) not in done and rows:  # a tied head is the embedding
+            index = torch.tensor(list(rows), device=tensor.device)
             tensor.data[index] = tensor.data[:first].mean(dim=0, dtype=torch.float32).to(tensor.dtype)
+        done.add(id(tensor))
 
 
 def heads_are_tied(model: PreTrainedModel) -> bool:

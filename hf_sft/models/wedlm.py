@@ -64,7 +64,6 @@ class WeDLMForCausalLM(Qwen3ForCausalLM):
         self.post_init()
 
 
-def register() -> None:
-    """Make the Auto classes know the type ``wedlm``; a second call changes nothing."""
-    AutoConfig.register(MODEL_TYPE, WeDLMConfig, exist_ok=True)
-    AutoModelForCausalLM.register(WeDLMConfig, WeDLMForCausalLM, exist_ok=True)
+# The Auto classes know the type as soon as anything of hf_sft that loads or trains a model is imported.
+AutoConfig.register(MODEL_TYPE, WeDLMConfig, exist_ok=True)
+AutoModelForCausalLM.register(WeDLMConfig, WeDLMForCausalLM, exist_ok=True)

@@ -52,7 +52,8 @@ class BinTrainer(Trainer):
             raise ValueError(f"a data set is wanted, and this is a dict of {', '.join(dataset)}: choose one of them")
         if self.user_collator is not None and isinstance(dataset[0], dict) and "input_ids" in dataset[0]:
             return Examples(dataset)
-        rows = rows_from_examples(dataset, tokenizer, data=self.data_args, rules=self.objective.rules)
+        rules = self.objective.row_rules(evaluation=evaluation)
+        rows = rows_from_examples(dataset, tokenizer, data=self.data_args, rules=rules)
         packed = self.layout.backend is not None and not (evaluation and self.collects_logits)
         bins = Bins(rows, self.data_args.max_seq_length if packed else None)
         if bins.largest_id >= self.embedding_rows:

@@ -15,16 +15,17 @@ from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
 
 from hf_sft.arguments import DataArguments, ModelArguments, WeDLMArguments
-from hf_sft.checks import check_task, check_wedlm
+from hf_sft.checks import check_task, check_values, check_wedlm
 from hf_sft.data.chat import end_of_turn_id
 from hf_sft.data.templates import resolve_template
+from hf_sft.models.adapters import with_input_row
 from hf_sft.models.loading import check_max_seq_length, load_model, load_tokenizer
 from hf_sft.models.mask_token import record_mask_token, resolve_mask_token
 from hf_sft.models.quantization import keep_trainable_on_cpu
 from hf_sft.models.vocabulary import resize_embeddings, vocabulary_rows
 from hf_sft.models.wrappers import base_model
 from hf_sft.objectives import Objective, build_objective
-from hf_sft.training_arguments import problems
+from hf_sft.training_arguments import problems, smaller_is_better
 
 logger = logging.getLogger(__name__)
 
@@ -65,28 +66,40 @@ def check_arguments(args: Any, packing: bool | None) -> None:
             "%d GPUs are visible and no launcher was used: training on one (use torchrun for all)", args.n_gpu
         )
         args._n_gpu = 1
+    if args.greater_is_better and smaller_is_better(args.metric_for_best_model):  # transformers knows the loss alone
+        logger.warning("greater_is_better is true for %s: the smallest value counts", args.metric_for_best_model)
+        args.greater_is_better = False
     if args.ddp_find_unused_parameters is None:
         args.ddp_find_unused_parameters = False  # compute_loss keeps every part of the forward in the graph
 
 
-def prepare_model(model: Any, tokenizer: Any, peft_config: Any, args: Any) -> tuple[nn.Module, Any]:
-    """The model on its device, loaded if it is a name, with a new adapter if one is asked for; and the tokenizer.
-
-    Raises:
-        ValueError: no model, or an adapter on an adapter.
-    """
-    if isinstance(model, str) or peft_config is not None:
-        set_seed(args.seed)  # new weights are drawn here, before Trainer sets the seed
+def load_named_model(model: Any, tokenizer: Any, args: Any) -> tuple[nn.Module, Any]:
+    """The model, loaded if it is a name, and the tokenizer; ValueError for anything else."""
     if isinstance(model, str):
+        set_seed(args.seed)  # new weights are drawn here, before Trainer sets the seed
         named = ModelArguments(model_name_or_path=model)
         tokenizer = tokenizer or load_tokenizer(named)
         model = load_model(named, tokenizer=tokenizer, training=args)
     if not isinstance(model, nn.Module):
         raise ValueError(f"model is {model!r}: it must be a model, or the folder or hub name of one")
+    return model, tokenizer
+
+
+def prepare_model(model: nn.Module, peft_config: Any, args: Any, mask_token_id: int | None) -> nn.Module:
+    """The model on its device, with a new adapter if one is asked for, which trains the row of a mask token.
+
+    Raises:
+        ValueError: an adapter on an adapter.
+    """
     if peft_config is not None:
         if isinstance(model, PeftModel):
             raise ValueError("model has an adapter already, and peft_config asks for another: leave out one of them")
+        set_seed(args.seed)
+        if mask_token_id is not None:
+            peft_config = with_input_row(cast(PreTrainedModel, model), peft_config, mask_token_id)
         model = cast(nn.Module, get_peft_model(cast(PreTrainedModel, model), peft_config))
+    if isinstance(model, PeftModel) and mask_token_id is not None and not _row_is_trained(model, mask_token_id):
+        logger.warning("the adapter does not train the row of the mask token %d", mask_token_id)
     base = base_model(model)
     if isinstance(embedding := base.get_input_embeddings(), nn.Embedding):
         embedding.padding_idx = (
@@ -104,7 +117,7 @@ def prepare_model(model: Any, tokenizer: Any, peft_config: Any, args: Any) -> tu
             "for the speed.",
             stacklevel=3,
         )
-    return model, tokenizer
+    return model
 
 
 def prepare_data_arguments(data: DataArguments | None, model: nn.Module) -> DataArguments:
@@ -113,6 +126,8 @@ def prepare_data_arguments(data: DataArguments | None, model: nn.Module) -> Data
         limit = getattr(base_model(model).config.get_text_config(), "max_position_embeddings", None)
         default = DataArguments()
         data = replace(default, max_seq_length=min(default.max_seq_length, limit or default.max_seq_length))
+    if found := [*check_values(data)]:
+        raise ValueError("; ".join(found))
     check_max_seq_length(base_model(model), data.max_seq_length)
     return data
 
@@ -127,7 +142,7 @@ def prepare_objective(
     """
     given = set() if wedlm is None else {name for name, value in vars(wedlm).items() if value != getattr(_PLAIN, name)}
     wedlm = wedlm or WeDLMArguments()
-    if found := [*check_task(data, set()), *check_wedlm(wedlm, data, backend, given)]:
+    if found := [*check_values(wedlm)] or [*check_task(data, set()), *check_wedlm(wedlm, data, backend, given)]:
         raise ValueError("; ".join(found))
     if data.objective == "causal":
         return build_objective(data, wedlm, mask_token_id=None, seed=seed)
@@ -136,14 +151,12 @@ def prepare_objective(
     if tokenizer is not None and token >= vocabulary_rows(base):
         if isinstance(model, PeftModel):
             raise ValueError(
-                f"the mask token {wedlm.mask_token!r} is new and the model has an adapter already: call "
-                "resize_token_embeddings on its base first, and name the token's id in trainable_token_indices"
+                f"the mask token {wedlm.mask_token!r} is new and the model has an adapter already: pass the base and a "
+                "peft_config, or call resize_token_embeddings before the adapter is put on"
             )
         resize_embeddings(base, tokenizer)
-    if isinstance(model, PeftModel) and not _row_is_trained(model, token):
-        logger.warning(
-            "the row of the mask token %d is not trained: name it in the adapter's trainable_token_indices", token
-        )
+    if token >= vocabulary_rows(base):
+        raise ValueError(f"the mask token id {token} is beyond the model's {vocabulary_rows(base)} embedding rows")
     record_mask_token(model, token)
     if wedlm.mask_sampling == "reference":
         logger.warning(

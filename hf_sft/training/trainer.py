@@ -39,6 +39,7 @@ from hf_sft.training.bin_trainer import BinTrainer
 from hf_sft.training.setup import (
     check_arguments,
     check_options,
+    load_named_model,
     prepare_data_arguments,
     prepare_model,
     prepare_objective,
@@ -92,7 +93,7 @@ class SFTTrainer(BinTrainer):
         packing = None if data_args is None else data_args.packing
         packing = False if data_collator is not None else packing  # ordinary collators make one row per document
         check_arguments(args, packing)
-        model, processing_class = prepare_model(model, processing_class, peft_config, args)
+        model, processing_class = load_named_model(model, processing_class, args)
         self.data_args = prepare_data_arguments(data_args, model)
         if data_collator is not None and self.data_args.objective != "causal":
             raise ValueError(
@@ -101,6 +102,7 @@ class SFTTrainer(BinTrainer):
         self.objective = prepare_objective(
             self.data_args, wedlm_args, attention_backend, model, processing_class, args.seed
         )
+        model = prepare_model(model, peft_config, args, self.objective.mask_token_id)
         processing_class = prepare_tokenizer(processing_class, model, self.data_args)
 
         self.scorer = HeadScorer(model)
@@ -196,8 +198,9 @@ class SFTTrainer(BinTrainer):
         sums.add(scores, batch["target_weight"], batch["target_kind"], batch["num_items"], batch["num_tokens"])
 
     def floating_point_ops(self, inputs: Batch) -> int:
-        """6 x parameters x tokens (Kaplan et al., arXiv 2001.08361), padding not counted; parameters are counted once."""
-        return 6 * self._parameter_count * inputs["num_tokens"]
+        """6 x parameters x tokens (Kaplan et al., arXiv 2001.08361), noisy streams counted and padding not; parameters are
+        counted once."""
+        return 6 * self._parameter_count * sum(inputs["doc_lengths"])
 
     @cached_property
     def _parameter_count(self) -> int:

@@ -1,0 +1,289 @@
+"""Pictures say what the batches say; and ``hf-sft inspect`` draws them, or says what stands in the way."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_exporting import mask_tokenizer, save_source
+from test_wedlm_collator import collator, rows
+from tiny import conversations
+
+from hf_sft import drawing
+from hf_sft.attention.layout import Layout
+from hf_sft.collators import CausalCollator, WeDLMCollator
+from hf_sft.commands import inspect
+from hf_sft.drawing import CLEAN_TO_CLEAN, HIDDEN, IN_BLOCK, NOISY_TO_CLEAN, classify, mask_panel, token_text
+from hf_sft.noise import MaskRule
+
+needs_matplotlib = pytest.mark.skipif(drawing.find_spec("matplotlib") is None, reason="matplotlib is not installed")
+
+
+def size_of(path: Path) -> tuple[int, int]:
+    """Width and height of a PNG in pixels."""
+    head = path.read_bytes()[:24]
+    assert head[:8] == b"\x89PNG\r\n\x1a\n"
+    return int.from_bytes(head[16:20], "big"), int.from_bytes(head[20:24], "big")
+
+
+@pytest.fixture
+def drawn(monkeypatch) -> dict:
+    """What the command hands to the drawing functions."""
+    seen: dict = {}
+    masks, order = drawing.draw_masks, drawing.draw_order
+
+    def keep_masks(panels, path, title):
+        seen.update(panels=panels, title=title)
+        return masks(panels, path, title)
+
+    def keep_order(tokens, numbers, path, title):
+        seen.update(tokens=tokens, order=numbers, title=title)
+        return order(tokens, numbers, path, title)
+
+    monkeypatch.setattr(drawing, "draw_masks", keep_masks)
+    monkeypatch.setattr(drawing, "draw_order", keep_order)
+    return seen
+
+
+# The classes of pairs
+
+
+@pytest.mark.parametrize("elide", [False, True], ids=["full", "elided"])
+def test_each_pair_has_the_class_of_what_it_joins(elide) -> None:
+    batch = collator(elide=elide)([rows()])
+    layout = Layout.from_batch(batch)
+    classes, allowed = classify(layout), layout.allowed().numpy()
+    block, doc = layout.block.tolist(), layout.doc.tolist()
+    for q in range(len(doc)):
+        for k in range(len(doc)):
+            kind = IN_BLOCK if block[k] >= 0 else NOISY_TO_CLEAN if block[q] >= 0 else CLEAN_TO_CLEAN
+            assert classes[q, k] == (kind if allowed[q, k] else HIDDEN)
+            if classes[q, k] == IN_BLOCK:
+                assert doc[q] == doc[k] and block[q] == block[k] and k <= q
+    assert set(np.unique(classes)) == {HIDDEN, CLEAN_TO_CLEAN, NOISY_TO_CLEAN, IN_BLOCK}
+
+
+def test_without_noisy_streams_there_is_one_class() -> None:
+    layout = Layout.from_batch(CausalCollator()([rows()]))
+    assert np.array_equal(classify(layout), layout.allowed().numpy() * CLEAN_TO_CLEAN)
+
+
+def test_a_panel_by_hand() -> None:
+    """One document of 4 tokens in blocks of 2: its last two are answered, and both are masked."""
+    row = {"input_ids": [5, 6, 7, 8], "labels": [-100, -100, 7, 8]}
+    seeded = (WeDLMCollator(9, MaskRule(2), seed) for seed in range(99))
+    whole = next(collate for collate in seeded if slots(collate, row) == 2)
+    panel = mask_panel(whole([[row]]), str, "elided")
+    assert panel.labels == ["0:5", "1:6", "2:7", "3:8", "2:[M] 7", "3:[M] 8"]  # labelled by what they must predict
+    assert panel.slot.tolist() == panel.noisy.tolist() == [False] * 4 + [True] * 2
+    assert panel.documents == [(0, 6)] and panel.blocks == [(4, 6)]
+    assert panel.title == "elided: 6 tokens, 17 of 36 pairs are seen"
+    assert panel.classes.tolist() == [
+        [1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 0, 0],
+        [2, 2, 0, 0, 3, 0], [2, 2, 0, 0, 3, 3],
+    ]  # fmt: skip
+    full = mask_panel(replace(whole, elide=False)([[row]]), str, "full")
+    assert full.blocks == [(4, 6), (6, 8)] and full.noisy.sum() == 4 and full.slot.sum() == 2
+    assert drawing.text_picture(panel).splitlines()[1:3] == ["    0:5  x . . . . .", "    1:6  x x . . . ."]
+    assert drawing.text_picture(panel).splitlines()[-1] == "3:[M] 8  x x . . x x"
+
+
+def slots(collate: WeDLMCollator, row: dict) -> int:
+    return int((collate([[row]])["target_kind"] == 1).sum())
+
+
+def test_documents_and_blocks_of_packed_rows() -> None:
+    batch = collator()([rows()])
+    panel = mask_panel(batch, str, "")
+    lengths = batch["doc_lengths"]
+    assert panel.documents == [(sum(lengths[:n]), sum(lengths[: n + 1])) for n in range(len(lengths))]
+    assert sum(end - start for start, end in panel.blocks) == panel.noisy.sum()
+    doc, block = batch["doc_ids"][0], batch["block_ids"][0]
+    for start, end in panel.blocks:
+        assert len(set(doc[start:end].tolist())) == len(set(block[start:end].tolist())) == 1
+    assert np.array_equal(panel.slot, (batch["input_ids"][0] == 258).numpy())
+
+
+def test_texts_of_tokens() -> None:
+    assert token_text(" is\n\t") == "␣is\\n\\t"
+    assert token_text("x" * 14) == "x" * 14 and token_text("x" * 15) == "x" * 13 + "…"
+
+
+# Drawing
+
+
+@needs_matplotlib
+@pytest.mark.parametrize("name", ["a.png", "a.svg", "a.pdf"])
+def test_the_example_is_drawn_offline(tmp_path, capsys, name) -> None:
+    out = tmp_path / "new" / name
+    assert inspect.main(["--masks", "--output", str(out)]) == 0
+    assert str(out) in capsys.readouterr().out
+    if name.endswith("png"):
+        width, height = size_of(out)
+        assert width == 2010 and 1000 < height < 1700
+        assert 20_000 < out.stat().st_size < 200_000
+        with pytest.raises(ValueError, match=r"exists: name another file, or add --overwrite"):
+            inspect.main(["--masks", "--output", str(out)])
+        before = out.read_bytes()
+        assert inspect.main(["--masks", "--output", str(out), "--overwrite", "--epoch", "1"]) == 0
+        assert out.read_bytes() != before  # other noise
+
+
+@needs_matplotlib
+def test_the_picture_in_the_docs_is_the_examples(tmp_path, drawn) -> None:
+    inspect.main(["--masks", "--output", str(tmp_path / "masks.png")])
+    full, elided = drawn["panels"]
+    assert drawn["title"] == "WeDLM attention mask, blocks of 4 tokens"
+    assert len(full.labels) == 32 and len(elided.labels) == 22
+    assert full.slot.sum() == elided.slot.sum() == 5
+    assert "6:is" in elided.labels and "5:[M] capital" in elided.labels  # observed before masked, out of order
+    shown = Path(__file__).resolve().parents[1] / "docs" / "pictures" / "wedlm-mask.png"
+    assert size_of(shown) == size_of(tmp_path / "masks.png")
+
+
+@needs_matplotlib
+@pytest.mark.parametrize("length", [1, 3, 40, 95])
+def test_the_decoding_order_is_drawn(tmp_path, length) -> None:
+    order = [1 + place // 2 for place in range(length)]
+    tokens = ["$x_{", "語", "\\n", "<end>"] * length  # no formula, a letter that the font lacks
+    out = drawing.draw_order(tokens[:length], order, tmp_path / "order.png", "Decoding order")
+    width, height = size_of(out)
+    assert 850 <= width <= 2010 and 300 < height < 4000
+
+
+@needs_matplotlib
+def test_long_documents_are_drawn_without_labels(tmp_path) -> None:
+    panel = mask_panel(collator()([rows()]), str, "elided")
+    assert len(panel.labels) > 100
+    assert size_of(drawing.draw_masks([panel], tmp_path / "a.png", "long"))[0] == 2010
+
+
+def test_an_order_needs_a_number_for_each_token(tmp_path) -> None:
+    for tokens, order in ((["a"], [1, 2]), ([], [])):
+        with pytest.raises(ValueError, match="give one for each"):
+            drawing.draw_order(tokens, order, tmp_path / "a.png", "")
+
+
+def test_without_matplotlib(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr(drawing, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="pip install matplotlib"):
+        inspect.main(["--masks", "--output", str(tmp_path / "a.png")])
+    assert inspect.main(["--masks", "--text"]) == 0  # needs none
+    text = capsys.readouterr().out
+    assert "full: 32 tokens, 152 of 1,024 pairs are seen" in text
+    assert "  9:[M] <end>  x x x x x x x x x . . . . x" in text
+    assert list(tmp_path.iterdir()) == []
+
+
+# Of a run, and of a model
+
+
+def run_file(tmp_path: Path, **fields) -> tuple[str, str, str]:
+    """(run file, model, data) of a WeDLM run on two-turn conversations."""
+    model = save_source(tmp_path / "model", mask=None)
+    data = tmp_path / "train.jsonl"
+    data.write_text("\n".join(json.dumps({"messages": row}) for row in conversations(6)), encoding="utf-8")
+    run = tmp_path / "run.json"
+    values = {
+        "model_name_or_path": model, "train_file": str(data), "objective": "wedlm", "mask_token": "<|mask|>", "block_size": 8,
+        "seed": 3, "bf16": True, "output_dir": str(tmp_path / "out"),
+    }  # fmt: skip
+    run.write_text(json.dumps({**values, **fields}))
+    return str(run), model, str(data)
+
+
+@needs_matplotlib
+def test_the_noise_is_that_of_the_run(tmp_path, drawn) -> None:
+    from hf_sft.data.bins import Bins
+    from hf_sft.data.chat import encode_conversations
+    from hf_sft.data.formats import to_conversation
+
+    run, model, data = run_file(tmp_path, num_learnable_im_end=0)
+    picture = str(tmp_path / "a.png")
+    inspect.main(["--masks", "--train_args_file", run, "--documents", "4", "2", "--epoch", "2", "--output", picture])
+    full, elided = drawn["panels"]
+    token_rows = encode_conversations(
+        mask_tokenizer(), [to_conversation({"messages": row}) for row in conversations(6)]
+    )
+    bins = Bins(token_rows, None)
+    batch = WeDLMCollator(259, MaskRule(8), seed=3)([bins[2, 4], bins[2, 2]])
+    assert np.array_equal(elided.classes, classify(Layout.from_batch(batch)))
+    assert np.array_equal(elided.slot, (batch["input_ids"][0] == 259).numpy())
+    assert full.slot.sum() == elided.slot.sum() > 0
+    assert drawn["title"] == "WeDLM attention mask, blocks of 8 tokens (documents 4, 2, epoch 2)"
+    assert not (tmp_path / "out").exists()
+    words = ["--masks", "--model", model, "--file", data, "--documents", "4", "2", "--epoch", "2", "--overwrite"]
+    words += [
+        "--output",
+        picture,
+        "--mask_token_id",
+        "259",
+        "--block_size",
+        "8",
+        "--seed",
+        "3",
+        "--num_learnable_im_end",
+        "0",
+    ]
+    inspect.main(words)
+    assert np.array_equal(drawn["panels"][1].classes, elided.classes)
+
+
+@needs_matplotlib
+@pytest.mark.parametrize("verify", [False, True])
+def test_the_order_of_a_model(tmp_path, drawn, capsys, verify) -> None:
+    model = save_source(tmp_path / "model")
+    words = ["--masks", "--model", model, "--prompt", "Hi", "--max_new_tokens", "12", "--text"]
+    words += ["--output", str(tmp_path / "order.png")] + ["--verify"] * verify
+    assert inspect.main([*words, "--entropy_threshold", "9"]) == 0
+    assert len(drawn["tokens"]) == len(drawn["order"]) <= 12
+    assert min(drawn["order"]) == 1
+    kind = "Verified decoding order: " if verify else "Decoding order: "
+    assert drawn["title"].startswith(f"{kind}{len(drawn['order'])} tokens in ")
+    printed = capsys.readouterr().out
+    assert drawn["title"] in printed and f"0:{drawn['tokens'][0]}" in printed
+    assert size_of(tmp_path / "order.png")[0] >= 850
+
+
+def test_requests_that_do_not_fit(tmp_path) -> None:
+    run, model, data = run_file(tmp_path)
+    for words, message in (
+        (["--prompt", "Hi"], "--prompt needs a model"),
+        (["--model", model], "--model and --file go together"),
+        (["--file", data], "--model and --file go together"),
+        (["--model", model, "--file", data, "--prompt", "Hi"], "leave out one of them"),
+        (["--train_args_file", run, "--file", data], "leave out --model and --file"),
+        (["--block_sizes", "3"], "has no argument --block_sizes"),
+        (["--documents", "1"], "--documents chooses from a file"),
+        (["--train_args_file", run, "--documents", "6"], "--documents names 6, and there are documents 0 to 5"),
+        (["--train_args_file", run, "--objective", "causal", "--no_x"], "arguments have"),
+        (["--output", str(tmp_path / "a.gif")], r"ends with \.png, \.svg, \.pdf"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            inspect.main(["--masks", "--text", *words])
+    run, _, _ = run_file(tmp_path, objective="causal", mask_token=None, block_size=32)
+    fields = json.loads(Path(run).read_text())
+    Path(run).write_text(json.dumps({key: fields[key] for key in fields if key not in ("mask_token", "block_size")}))
+    with pytest.raises(ValueError, match="add --objective wedlm"):
+        inspect.main(["--masks", "--text", "--train_args_file", run])
+
+
+def test_documents_that_are_too_long_to_be_seen(monkeypatch) -> None:
+    monkeypatch.setattr(inspect, "_MOST_TOKENS", 31)
+    with pytest.raises(ValueError, match="32 tokens in two streams, more than 31"):
+        inspect.main(["--masks", "--text"])
+
+
+def test_modes(capsys) -> None:
+    with pytest.raises(ValueError, match="no mode: give one of --masks"):
+        inspect.main([])
+    assert "--masks" in capsys.readouterr().out
+    assert inspect.main(["--help"]) == 0
+    with pytest.raises(SystemExit, match="0"):
+        inspect.main(["--masks", "--help"])
+    assert "--documents" in capsys.readouterr().out
