@@ -109,8 +109,6 @@ def generate_wedlm(
     base = base_model(model)
     prompt_rows = _prompt_rows(prompts, vocabulary_rows(base))
     _check_numbers(max_new_tokens, window, entropy_threshold, distance_penalty)
-    if generator is not None and seed is not None:
-        raise ValueError("generator and seed both set the draws; give one of them")
     check_sampling(temperature, top_p, top_k, seed, generator)
     if verify and temperature:
         raise ValueError(
@@ -124,8 +122,8 @@ def generate_wedlm(
     rules = Rules(mask, eos, int(window), *limits, int(top_k), verify, draws)
     with torch.no_grad(), evaluating(model):
         rows = Decoder(model, prompt_rows, int(max_new_tokens), rules, use_cache).run()
-    tokens, order = [row.tokens for row in rows], [row.order for row in rows]
-    return WeDLMOutput(tokens, [row.forwards for row in rows], order, [row.processed for row in rows])
+    columns = zip(*((row.tokens, row.forwards, row.order, row.processed) for row in rows), strict=True)
+    return WeDLMOutput(*map(list, columns))
 
 
 def _prompt_rows(prompts: Any, vocabulary: int) -> list[list[int]]:
@@ -217,6 +215,8 @@ def check_sampling(
     generator: torch.Generator | None = None,
 ) -> None:
     """Raise ValueError for what no token can be drawn by, and for what only draws need where none are made."""
+    if generator is not None and seed is not None:
+        raise ValueError("generator and seed both set the draws; give one of them")
     if not _is_number(temperature) or not (temperature == 0 or _COOLEST <= temperature < math.inf):
         raise ValueError(
             f"temperature is {temperature!r}; it must be 0 (the most probable token) or a finite number of at least {_COOLEST}"
