@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from hf_sft.data.formats import BadRecord, FormatError, Record, check_template_kwargs, read_records, to_conversation
+from hf_sft.data.files import BadRecord, Record, read_records
+from hf_sft.data.formats import FormatError, check_template_kwargs, to_conversation
 
 TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 RECORDS = [{"question": "1+1", "answer": "2"}, {"messages": TURNS}]
@@ -220,8 +221,6 @@ def test_template_variables() -> None:
 @pytest.mark.parametrize(
     ("record", "name"),
     [
-        ({"conversations": [{"from": "human", "value": "hi"}]}, "ShareGPT"),
-        ({"instruction": "a", "input": "", "output": "b"}, "Alpaca"),
         ({"chosen": "a", "rejected": "b"}, "preference pair"),
         ({"text": "once upon a time"}, "plain text"),
     ],
@@ -229,3 +228,90 @@ def test_template_variables() -> None:
 def test_formats_of_other_projects_are_named(record: dict, name: str) -> None:
     with pytest.raises(FormatError, match=f"{name}.*not read in this version"):
         to_conversation(record)
+
+
+# ---- records of other projects ----
+
+CALL = {"type": "function", "function": {"name": "search", "arguments": {"q": "rice"}}}
+
+
+@pytest.mark.parametrize(
+    ("record", "turns"),
+    [
+        ({"instruction": "Add", "input": "1 1", "output": "2"}, ["user: Add\n1 1", "assistant: 2"]),
+        ({"instruction": "Hi", "input": "", "output": "Hello"}, ["user: Hi", "assistant: Hello"]),
+        ({"instruction": "Hi", "input": None, "output": "Hello", "history": None}, ["user: Hi", "assistant: Hello"]),
+        (
+            {"instruction": "c", "output": "d", "system": "s", "history": [["a", "b"]]},
+            ["system: s", "user: a", "assistant: b", "user: c", "assistant: d"],
+        ),
+        (
+            {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}], "system": "s"},
+            ["system: s", "user: a", "assistant: b"],
+        ),
+        (
+            {"conversations": [{"from": "system", "value": "s"}, {"from": "user", "value": "a"}, {"from": "bard", "value": "b"}]},
+            ["system: s", "user: a", "assistant: b"],
+        ),
+        ({"conversations": TURNS}, ["user: Hi", "assistant: Hello"]),
+        ({"conversation": [{"human": "a", "assistant": "b"}, {"human": "c", "assistant": "d"}]},
+         ["user: a", "assistant: b", "user: c", "assistant: d"]),
+        ({"conversation": [{"system": "s", "input": "a", "output": "b"}, {"input": "c", "output": "d"}]},
+         ["system: s", "user: a", "assistant: b", "user: c", "assistant: d"]),
+    ],
+)  # fmt: skip
+def test_formats_of_other_projects(record: dict, turns: list[str]) -> None:
+    messages = to_conversation(record).messages
+    assert [f"{message['role']}: {message['content']}" for message in messages] == turns
+
+
+@pytest.mark.parametrize(
+    "value", [{"name": "search", "arguments": {"q": "rice"}}, [{"name": "search", "arguments": {"q": "rice"}}]]
+)
+@pytest.mark.parametrize("written", [json.dumps, lambda value: value], ids=["text", "object"])
+def test_function_calls_of_sharegpt(value, written) -> None:
+    turns = [
+        {"from": "human", "value": "a"}, {"from": "function_call", "value": written(value)},
+        {"from": "observation", "value": "b"}, {"from": "gpt", "value": "c", "train": False},
+    ]  # fmt: skip
+    conversation = to_conversation({"conversations": turns, "tools": json.dumps([{"name": "search"}])})
+    assert [message["role"] for message in conversation.messages] == ["user", "assistant", "tool", "assistant"]
+    assert conversation.messages[1] == {"role": "assistant", "content": None, "tool_calls": [CALL]}
+    assert conversation.messages[3]["train"] is False and conversation.tools == [{"name": "search"}]
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"conversations": "hi"}, "conversations is hi, but it must be a list of turns"),
+        ({"conversations": [{"from": "human", "value": "hi"}]}, "no assistant turn"),
+        (
+            {"conversations": [{"from": "wizard", "value": "hi"}]},
+            "turn 0 of conversations is from 'wizard'; known are human",
+        ),
+        ({"conversations": [{"from": "gpt", "value": 7}]}, "content of message 0 is int 7"),
+        ({"conversations": [{"from": "gpt"}]}, "turn 0 of conversations has 'from'; it needs from/value"),
+        ({"conversations": ["hi"]}, "turn 0 of conversations is hi, but it must be an object"),
+        ({"conversations": [{"from": "function_call", "value": "search()"}]}, "a function_call that is no JSON"),
+        ({"conversations": [{"from": "function_call", "value": "{}"}]}, "a function_call without a name"),
+        ({"conversation": [{"human": 1, "assistant": "b"}]}, "human of turn 0 of conversation is int 1"),
+        ({"instruction": "a", "output": 1}, "output is int 1"),
+        ({"instruction": "a", "output": "b", "history": ["c"]}, "history is .* a list of .question, answer. pairs"),
+        ({"instruction": "a", "output": None}, "output is null"),
+    ],
+)
+def test_malformed_records_of_other_projects(record: dict, message: str) -> None:
+    with pytest.raises(FormatError, match=message):
+        to_conversation(record)
+
+
+def test_real_files_of_other_projects(shared_data) -> None:
+    files = {"multiturn/dummy_conversation.json": 500, "alpaca/instruction-data.json": 1100}
+    files |= {"toolcall/glaive_toolcall_en_demo.json": 300}
+    for name, count in files.items():
+        conversations = [to_conversation(record.value) for record in read_records(shared_data / name)]
+        assert len(conversations) == count
+    assert any(message.get("tool_calls") for c in conversations for message in c.messages)
+    assert all(
+        conversation.tools for conversation in conversations if any(m["role"] == "tool" for m in conversation.messages)
+    )

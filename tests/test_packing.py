@@ -56,7 +56,8 @@ def test_gsm8k_in_784_bins(shared_data) -> None:
     from transformers import AutoTokenizer
 
     from hf_sft.data.chat import ChatEncoder
-    from hf_sft.data.formats import read_records, to_conversation
+    from hf_sft.data.files import read_records
+    from hf_sft.data.formats import to_conversation
 
     tokenizer = AutoTokenizer.from_pretrained(shared_data / "tokenizers" / "qwen2.5")
     path = shared_data / "gsm8k" / "train.jsonl"

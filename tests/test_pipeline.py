@@ -416,3 +416,17 @@ def test_preparing_gsm8k_takes_little_longer_than_tokenising_it(shared_data) -> 
     bare_time, our_time = (min(values) for values in zip(*times, strict=True))
     print(f"bare {bare_time:.2f} s, prepare {our_time:.2f} s, ratio {our_time / bare_time:.2f}")
     assert our_time / bare_time < 2.5
+
+
+@pytest.mark.parametrize("name", ["qwen2.5", "minimind"])
+def test_every_record_of_real_files_is_used_or_counted(shared_data, name: str) -> None:
+    from transformers import AutoTokenizer
+
+    real = AutoTokenizer.from_pretrained(shared_data / "tokenizers" / name)
+    for file in (
+        "multiturn/dummy_conversation.json", "alpaca/instruction-data.json", "toolcall/glaive_toolcall_en_demo.json"
+    ):  # fmt: skip
+        data = DataArguments(max_seq_length=2048, bad_records="skip")
+        report = prepare_dataset(shared_data / file, real, data=data).report
+        assert report["records"] == report["kept"] + sum(report["dropped"].values()) + report["bad"]["count"]
+        assert report["bad"]["count"] == 0 and report["dropped"]["no_supervised_token"] == 0, file

@@ -120,7 +120,8 @@ def _named(options: argparse.Namespace) -> str:
 
 
 def _read(path: Path, raw: bool) -> Iterator[Request]:
-    from hf_sft.data.formats import BadRecord, FormatError, read_records
+    from hf_sft.data.files import BadRecord, read_records
+    from hf_sft.data.formats import FormatError
 
     for record in read_records(path):
         where = f"{path}, {record.unit} {record.number}"

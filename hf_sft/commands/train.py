@@ -159,7 +159,7 @@ def _refuse_divergence(history: Iterable[Mapping[str, Any]]) -> None:
 def _record(arguments: Any) -> dict[str, Any]:
     """The given values, and what decides which rows each step sees."""
     from hf_sft.data.cache import hash_files
-    from hf_sft.data.formats import check_file
+    from hf_sft.data.files import check_file
 
     training = arguments.training
     groups = {

@@ -30,16 +30,8 @@ from hf_sft.data.cache import (
     write_folder,
 )
 from hf_sft.data.chat import ChatEncoder, EncodingError, TokenRow, fast_backend
-from hf_sft.data.formats import (
-    BadRecord,
-    Conversation,
-    FormatError,
-    Record,
-    check_file,
-    check_template_kwargs,
-    read_records,
-    to_conversation,
-)
+from hf_sft.data.files import BadRecord, Record, check_file, read_records
+from hf_sft.data.formats import Conversation, FormatError, check_template_kwargs, to_conversation
 from hf_sft.data.templates import resolve_template
 from hf_sft.data.texts import TextEncoder, read_texts, to_text
 from hf_sft.data.tokenize import Overlength, RowCounts, check_token_row, cut_tail, is_token_row

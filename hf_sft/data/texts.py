@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from hf_sft.data.chat import IGNORE, EncodingError, TokenRow, any_of, fast_backend, forbidden_tokens, refuse_special
-from hf_sft.data.formats import FormatError, Record, read_records
+from hf_sft.data.files import Record, read_records
+from hf_sft.data.formats import FormatError
 
 
 def read_texts(path: Path) -> Iterator[Record]:
