@@ -105,10 +105,14 @@ def test_killed_and_resumed_equals_undisturbed(tmp_path, mode: str) -> None:
     if mode == "qlora":
         pytest.importorskip("bitsandbytes")
         tiny.save_tiny(tmp_path / "model-qwen3", "qwen3", hidden_size=64, intermediate_size=64)
-    undisturbed = runs.train({**values, "output_dir": str(tmp_path / "undisturbed")})
+    # All three are processes: with another number of threads sums are rounded otherwise.
+    undisturbed, out = tmp_path / "undisturbed", tmp_path / "out"
+    process = runs.train_process({**values, "output_dir": str(undisturbed)})
+    assert process.returncode == 0, process.stderr
     process = runs.train_process(values, script="tests/die_at_step.py", HF_SFT_DIE_AT="8")
     assert process.returncode == -signal.SIGKILL, process.stderr
-    out = runs.train({**values, "resume_from_checkpoint": "auto"})
+    process = runs.train_process({**values, "resume_from_checkpoint": "auto"})
+    assert process.returncode == 0, process.stderr
     before, after = runs.weights(undisturbed), runs.weights(out)
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
     assert runs.history(out) == runs.history(undisturbed)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_sft.attention.backends import Backend, backend_named, layer_windows, restore_attention
+from hf_sft.attention.backends import BACKENDS, Backend, backend_named, layer_windows, restore_attention
 from hf_sft.attention.layout import Layout
 from hf_sft.models.wrappers import base_model, evaluating
 from hf_sft.streams import NoisyStream, group_blocks, noisy_stream
@@ -97,7 +97,7 @@ def choose_layout(
         return Choice(None, "packing is false")
     if wedlm:
         _require_rotary_positions(base)
-    if requested != "auto":
+    if requested not in ("auto", *BACKENDS):
         backend_named(requested, wedlm=wedlm).install(base)  # what it needs and has not is said in its own words
         restore_attention(base)
     verdicts: list[Verdict] = []
