@@ -20,7 +20,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10",
     packages=find_packages(include=["hf_sft", "hf_sft.*"]),
-    package_data={"hf_sft": ["py.typed"]},
+    package_data={"hf_sft": ["py.typed", "page_templates/*.jinja"], "hf_sft.data": ["chat_templates/*.jinja"]},
     install_requires=[
         "torch>=2.11",
         "transformers>=5.20.2,<6",  # 5.20 is the last for Python 3.10
@@ -32,6 +32,7 @@ setup(
         "pyyaml>=6.0",
         "jinja2>=3.1",
         "psutil>=6.0",
+        "rich>=13",
     ],
     extras_require={
         "quant": QUANT,

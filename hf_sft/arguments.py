@@ -79,10 +79,20 @@ class DataArguments:
 
     _argument_group_name = "data"
 
-    train_file: str | None = arg(
-        None, "Training data: JSON lines or a JSON array of conversations; of texts (or a .txt file) under pretrain."
+    train_file: list[str | dict] | str | None = arg(
+        None,
+        "Training data: a file (JSON lines, JSON array, CSV, Parquet, Arrow, text; also .gz), a folder, one made by hf-sft "
+        "prepare, a data set of the hub; or several. In a run file an item may be an object: path, format, weight, limit, "
+        "chat_template, system_prompt, columns, config, split, revision.",
     )
-    eval_file: str | None = arg(None, "Evaluation data, in the same formats.")
+    eval_file: list[str | dict] | str | None = arg(None, "Evaluation data, in the same formats.")
+    eval_split: float | None = arg(
+        None, "Keep records of the training data for evaluation: a share below 1, or a number of records."
+    )
+    data_format: Literal[
+        "auto", "messages", "prompt_generation", "prompt_completion", "question_answer", "alpaca", "sharegpt", "firefly",
+        "xtuner", "preference", "text",
+    ] = arg("auto", "Shape of the records; auto recognises each.")  # fmt: skip
     task_type: Literal["sft", "pretrain", "dpo"] = arg(
         "sft", "sft: learn the assistant's turns of conversations. pretrain: learn every token of raw texts."
     )
@@ -105,8 +115,16 @@ class DataArguments:
     packing: bool | None = arg(
         None, "Pack several documents into one bin; they do not see each other. Default: if the model can be packed."
     )
-    chat_template: str | None = arg(
-        None, "Name (plain, chatml), file or text of a Jinja template. Default: the tokenizer's own."
+    chat_template: list[str] | str | None = arg(
+        None,
+        "Name (plain, chatml, llama2, llama3, vicuna, alpaca, zephyr, mistral, gemma, phi3), file or text of a Jinja template. "
+        "Of several, each conversation gets one by a seeded draw, and the first is saved. Default: the tokenizer's own.",
+    )
+    system_prompt: str | None = arg(
+        None, "System message of conversations that have none; it becomes part of the saved template."
+    )
+    special_tokens_in_text: Literal["refuse", "text"] = arg(
+        "refuse", "A text that spells a special token: refuse the record, or encode the letters without the token."
     )
     chat_template_kwargs: dict | str | None = arg(None, "Variables for the template, as a JSON object.")
     max_train_samples: int | None = arg(None, "Use the first N training records.")
@@ -115,6 +133,27 @@ class DataArguments:
         None, "Where tokenised data is kept. Default: $HF_SFT_CACHE, else ~/.cache/hf_sft."
     )
     rebuild_cache: bool = arg(False, "Tokenise again even if the cache holds the same data.")
+    preprocessing_num_workers: int | None = arg(
+        None,
+        "Processes that tokenise; the result does not depend on it. Default: one per core up to 8, one for files below 1 MB.",
+    )
+    lazy_preprocess: bool = arg(
+        False, "Tokenise each training record when it is needed. Documents are then not packed by length."
+    )
+    streaming: bool = arg(
+        False, "Read training data as they are used, without a cache, for data larger than the disk. Needs max_steps."
+    )
+    shuffle_buffer: int = arg(10_000, "Documents from which streaming draws at random.")
+
+    @property
+    def first_template(self) -> str | None:
+        """The template that is saved: ``chat_template``, or the first of several."""
+        return self.chat_template[0] if isinstance(self.chat_template, list) else self.chat_template
+
+    @property
+    def is_live(self) -> bool:
+        """Whether training data are tokenised while the model trains."""
+        return self.streaming or self.lazy_preprocess
 
     @property
     def overlength_rule(self) -> str:

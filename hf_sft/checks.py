@@ -10,10 +10,12 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from importlib.util import find_spec
+from pathlib import PurePath
 from typing import Any, get_type_hints
 
 from hf_sft.arguments import DataArguments, LoraArguments, ModelArguments, WeDLMArguments
 from hf_sft.conversion import choices, convert, describe, takes
+from hf_sft.sources import read_sources
 
 LATER = {  # what the names of the interface promise and this version does not have yet
     "task_type": ("sft", "pretrain"),
@@ -106,17 +108,64 @@ def check_lora(lora: LoraArguments, train_mode: str, given: set[str]) -> Iterato
             )
 
 
-def check_data(data: DataArguments) -> Iterator[str]:
+def check_data(data: DataArguments, training: Any = None) -> Iterator[str]:
+    """``training``, where it is known, has the fields of TrainingArguments."""
     if data.train_file is None:
         yield "train_file is not set: name the training data"
+    for name in ("train_file", "eval_file"):
+        try:
+            if getattr(data, name) is not None:
+                read_sources(getattr(data, name))
+        except ValueError as error:
+            yield f"{name}: {error}"
     if data.max_seq_length < 2:
         yield f"max_seq_length is {data.max_seq_length}: a document needs at least 2 tokens"
     for name in ("max_train_samples", "max_eval_samples"):
         value = getattr(data, name)
         if value is not None and value < 1:
             yield f"{name} is {value}: use at least 1, or leave it out for all records"
-    if data.max_eval_samples is not None and data.eval_file is None:
+    if data.max_eval_samples is not None and not _has_evaluation(data):
         yield "max_eval_samples is set and eval_file is not: name the evaluation data, or leave it out"
+    if data.eval_split is not None:
+        if data.eval_file is not None:
+            yield "eval_split and eval_file are both set: evaluation data come from one of them"
+        if data.eval_split <= 0 or (data.eval_split >= 1 and data.eval_split != int(data.eval_split)):
+            yield f"eval_split is {data.eval_split:g}: use a share between 0 and 1, or a whole number of records"
+    if data.preprocessing_num_workers is not None and data.preprocessing_num_workers < 1:
+        yield f"preprocessing_num_workers is {data.preprocessing_num_workers}: use at least 1"
+    yield from _check_live(data, training)
+
+
+def _check_live(data: DataArguments, training: Any) -> Iterator[str]:
+    """Data that are tokenised while the model trains."""
+    if data.streaming and data.lazy_preprocess:
+        yield "streaming and lazy_preprocess are both true: both tokenise while training; choose one"
+    for name in ("streaming", "lazy_preprocess"):
+        if not getattr(data, name):
+            continue
+        if data.eval_split is not None:
+            yield f"{name} is true and eval_split is set: the records are not known in advance; name eval_file"
+    if data.lazy_preprocess and data.overlength_rule == "split":
+        yield (
+            "lazy_preprocess is true and overlength is split, and each record is one document there: set overlength to drop, "
+            "truncate or error, or use streaming"
+        )
+    if data.shuffle_buffer < 1:
+        yield f"shuffle_buffer is {data.shuffle_buffer}: use at least 1 (which keeps the order of the file)"
+    if data.streaming and training is not None and training.max_steps <= 0:
+        yield "streaming is true and max_steps is not set: the length of a stream is not known; say how many steps to take"
+
+
+def _has_evaluation(data: DataArguments) -> bool:
+    """Whether evaluation data are named, or may come with the training data: a JSON object can hold both lists, and so can
+    folders and data sets of the hub, which is seen when they are read."""
+    if data.eval_file is not None or data.eval_split is not None:
+        return True
+    try:
+        sources = [] if data.train_file is None else read_sources(data.train_file)
+    except ValueError:
+        return True  # said already
+    return any(PurePath(source.path).suffix in ("", ".json", ".gz") for source in sources)
 
 
 def check_values(arguments: Any) -> Iterator[str]:
@@ -138,7 +187,7 @@ def check_values(arguments: Any) -> Iterator[str]:
 def check_task(data: DataArguments, given: set[str]) -> Iterator[str]:
     """What belongs to conversations, under pretrain; and the other way round."""
     if data.task_type == "pretrain":
-        for name in ("train_on", "chat_template", "chat_template_kwargs"):
+        for name in ("train_on", "chat_template", "chat_template_kwargs", "system_prompt"):
             if name in given:
                 yield f"{name} belongs to conversations, and task_type is pretrain, which learns every token: leave it out"
     elif data.overlength == "split":
@@ -186,16 +235,20 @@ def check_later(arguments: Mapping[str, Any]) -> Iterator[str]:
             yield f"{name} is {arguments[name]}, which is not available in this version; choose {choice}"
 
 
+def evaluation_wanted(training: Any, given: set[str]) -> list[str]:
+    """The settings that make no sense without evaluation data, in words."""
+    wants = [f"eval_strategy is {_plain(training.eval_strategy)}"] if _plain(training.eval_strategy) != "no" else []
+    wants += ["save_strategy is best"] if _plain(training.save_strategy) == "best" else []
+    wants += [f"{name} is true" for name in ("eval_on_start", "load_best_model_at_end") if getattr(training, name)]
+    return wants + (["do_eval is true"] if training.do_eval and "do_eval" in given else [])
+
+
 def check_training(training: Any, data: DataArguments, given: set[str]) -> Iterator[str]:
     """``training`` has the fields of TrainingArguments; it need not be built yet."""
     if training.fp16 and training.bf16:
         yield "fp16 and bf16 are both true: choose one (bf16 where the device has it)"
-    if data.eval_file is None:
-        wants = [f"eval_strategy is {_plain(training.eval_strategy)}"] if _plain(training.eval_strategy) != "no" else []
-        wants += ["save_strategy is best"] if _plain(training.save_strategy) == "best" else []
-        wants += [f"{name} is true" for name in ("eval_on_start", "load_best_model_at_end") if getattr(training, name)]
-        if training.do_eval and "do_eval" in given:
-            wants.append("do_eval is true")
+    if not _has_evaluation(data):
+        wants = evaluation_wanted(training, given)
         if wants:
             yield f"{' and '.join(wants)}, and eval_file is not set: name the evaluation data, or leave evaluation out"
     elif "do_eval" in given and not training.do_eval:

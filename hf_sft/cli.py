@@ -14,8 +14,9 @@ from hf_sft.help import print_help, print_requested_help
 
 COMMANDS = {
     "train": "Fine-tune a model: arguments, data, training, checkpoint.",
+    "prepare": "Tokenise the data of a run into a folder that train takes.",
     "generate": "Answer prompts with a trained model, in parallel if it was trained as WeDLM.",
-    "inspect": "Show what a run will do: --masks draws WeDLM's attention and the order of decoding.",
+    "inspect": "Show what the model will see: figures, findings, rows; --masks draws WeDLM's attention.",
     "merge": "Merge an adapter into its base model and write the whole model.",
     "export": "Write a model for another engine: --format wedlm for the official WeDLM engine.",
 }

@@ -254,12 +254,19 @@ def text_picture(panel: MaskPanel) -> str:
     )
 
 
+def check_new_file(name: str, path: str | Path, suffixes: Sequence[str], *, overwrite: bool = False) -> None:
+    """Raise ValueError if the file of argument ``name`` is not to be written: its ending, or one that stands there."""
+    if Path(path).suffix.lower() not in suffixes:
+        raise ValueError(f"{name} is {str(path)!r}: the name of this file ends with {', '.join(suffixes)}")
+    if Path(path).is_dir():
+        raise ValueError(f"{name} {str(path)!r} is a folder: name a file")
+    if Path(path).exists() and not overwrite:
+        raise ValueError(f"{name} {str(path)!r} exists: name another file, or add --overwrite")
+
+
 def check_picture(path: str | Path, *, overwrite: bool = False) -> None:
     """Raise ValueError if nothing can be drawn to ``path``: its ending, a file that stands there, no matplotlib."""
-    if Path(path).suffix.lower() not in SUFFIXES:
-        raise ValueError(f"output is {str(path)!r}: the name of a picture ends with {', '.join(SUFFIXES)}")
-    if Path(path).exists() and not overwrite:
-        raise ValueError(f"output {str(path)!r} exists: name another file, or add --overwrite")
+    check_new_file("output", path, SUFFIXES, overwrite=overwrite)
     if find_spec("matplotlib") is None:
         raise ValueError("pictures are drawn by matplotlib, which is not installed: pip install matplotlib")
 

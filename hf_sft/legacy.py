@@ -68,6 +68,19 @@ def _warmup_ratio(value: Any) -> Any:
     return ratio
 
 
+def _share(value: Any) -> Any:
+    """0 asks for no split."""
+    try:
+        return convert(value, float) or DROP
+    except ValueError as wanted:
+        raise ValueError(f"it must be {wanted}") from None
+
+
+def _percentage(value: Any) -> Any:
+    share = _share(value)
+    return share if share is DROP else share / 100
+
+
 def _modules(value: Any) -> Any:
     """LLaMA-Factory and others write "q_proj,v_proj" or "all"."""
     if isinstance(value, str):
@@ -79,7 +92,6 @@ _NONE = ("false", "none", "null", "", "0", "no")
 _FSDP = "FSDP is not available in this version; leave it out"
 _DEEPSPEED = "DeepSpeed is not available in this version; leave it out and use torchrun (DDP)"
 _ATTENTION = "attention is chosen by attention_backend (auto, segment, dense, flex or magi); leave it out"
-_SPLIT = "nothing is split off the training data; name eval_file"
 _TOKENS = "the tokenizer's own tokens count: set it in its tokenizer_config.json; new_special_tokens adds tokens"
 _ENGINE = "the engine behind it is gone from transformers; leave it out"
 
@@ -147,10 +159,8 @@ _SCRIPTS: dict[str, Old] = {
     **dict.fromkeys(
         ("max_length", "model_max_length", "cutoff_len", "max_seq_len", "seq_length"), Old("max_seq_length")
     ),
-    **dict.fromkeys(
-        ("val_size", "val_set_size", "validation_split", "validation_split_percentage"),
-        Old(None, _refuse_unless((*_NONE, "0.0"), _SPLIT)),
-    ),
+    **dict.fromkeys(("val_size", "val_set_size", "validation_split"), Old("eval_split", _share)),
+    "validation_split_percentage": Old("eval_split", _percentage),
     **dict.fromkeys(("eos_token", "pad_token", "bos_token"), Old(None, _refuse_unless(("none", "null"), _TOKENS))),
     **dict.fromkeys(("lora_r", "lora_dim"), Old("lora_rank")),
     **dict.fromkeys(("num_epochs", "epochs"), Old("num_train_epochs")),
@@ -162,9 +172,12 @@ _SCRIPTS: dict[str, Old] = {
     **dict.fromkeys(("lora_weight_path", "lora_path", "adapter_path", "peft_path"), Old("adapter_name_or_path")),
     **dict.fromkeys(("template_name", "template", "prompt_template"), Old("chat_template")),
     **dict.fromkeys(
-        ("tokenize_num_workers", "preprocessing_num_workers", "dataset_num_proc", "num_proc"),
-        Old(None, note="the tokenizer runs its own threads, and the result is cached"),
+        ("tokenize_num_workers", "dataset_num_proc", "num_proc"),
+        Old("preprocessing_num_workers"),
     ),
+    **dict.fromkeys(("default_system", "system"), Old("system_prompt")),
+    **dict.fromkeys(("dataset_format", "dataset_type"), Old("data_format")),
+    **dict.fromkeys(("split_special_tokens",), Old("special_tokens_in_text", _when("text"))),
     **dict.fromkeys(("overwrite_cache", "overwrite_data_cache"), Old("rebuild_cache")),
     "train_on_inputs": Old("train_on", _when("all")),
     "train_on_prompt": Old("train_on", _when("all")),

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from hf_sft.arguments import DataArguments, WeDLMArguments
 from hf_sft.collators import RATIOS, Batch, CausalCollator, WeDLMCollator, WeDLMEvalCollator
-from hf_sft.data.pipeline import RowRules
+from hf_sft.data.rows import RowRules
 from hf_sft.metrics import TokenTotals
 from hf_sft.noise import MaskRule
 

@@ -278,7 +278,7 @@ def check_arguments(arguments: Arguments, given: set[str]) -> list[str]:
         *checks.check_later({**vars(model), **vars(data)}),
         *checks.check_model(model, given),
         *checks.check_lora(lora, model.train_mode, given),
-        *checks.check_data(data),
+        *checks.check_data(data, arguments.training),
         *checks.check_task(data, given),
         *checks.check_wedlm(arguments.wedlm, data, model.attention_backend, given),
         *checks.check_training(arguments.training, data, given),

@@ -2,18 +2,74 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from hf_sft.checks import evaluation_wanted
 from hf_sft.data.bins import Bins
-from hf_sft.data.pipeline import packing_report
-from hf_sft.models.loading import load_config
+from hf_sft.data.live import LiveRecords
+from hf_sft.data.pipeline import evaluation_files, packing_report, prepare_dataset
+from hf_sft.data.prepared import PreparedData
+from hf_sft.data.templates import resolve_template
+from hf_sft.models.loading import load_config, load_tokenizer
 from hf_sft.models.mask_token import adapter_mask_token, resolve_mask_token
 from hf_sft.objectives import Objective, build_objective
 from hf_sft.parsing import Arguments
 from hf_sft.training.trainer import SFTTrainer
 
 TRAINERS: dict[str, type[SFTTrainer]] = {"sft": SFTTrainer, "pretrain": SFTTrainer}
+
+
+def read_data_side(arguments: Arguments) -> tuple[Any, Objective]:
+    """The tokenizer, with the template of the training, and the objective: all that data are prepared with.
+
+    Raises:
+        ValueError: no template, or a mask token that texts may hold.
+    """
+    tokenizer = load_tokenizer(arguments.model)
+    data = arguments.data
+    if data.task_type != "pretrain":
+        tokenizer.chat_template = resolve_template(tokenizer, data.first_template, data.system_prompt)
+    return tokenizer, objective_of(arguments, tokenizer)
+
+
+def prepare_data(
+    arguments: Arguments, tokenizer: Any, objective: Objective, splits: tuple[str, ...] = ("train", "eval")
+) -> dict[str, PreparedData]:
+    """Token rows for ``train``, and for ``eval`` if there is anything to evaluate on.
+
+    Raises:
+        ValueError: as ``prepare_dataset``; or evaluation is asked for and the training data bring none.
+    """
+    data, seed = arguments.data, arguments.training.seed
+    files = {"train": data.train_file, "eval": evaluation_files(data)}
+    if files["eval"] is None and (wanted := evaluation_wanted(arguments.training, arguments.given)):
+        raise ValueError(f"{' and '.join(wanted)}, and the training data bring no evaluation records: name eval_file")
+    return {
+        split: prepare_dataset(
+            files[split],
+            tokenizer,
+            data=data,
+            split=split,
+            rules=objective.row_rules(evaluation=split == "eval"),
+            seed=seed,
+        )
+        for split in splits
+        if files[split] is not None
+    }
+
+
+def training_data(
+    arguments: Arguments, tokenizer: Any, objective: Objective
+) -> Mapping[str, PreparedData | LiveRecords]:
+    """As :func:`prepare_data`, but for training data that are tokenised while the model trains, if that is asked for."""
+    data = arguments.data
+    if not data.is_live:
+        return prepare_data(arguments, tokenizer, objective)
+    rules = objective.row_rules(evaluation=False)
+    live = LiveRecords.of_files(data.train_file, tokenizer, data=data, rules=rules, seed=arguments.training.seed)
+    return {"train": live, **prepare_data(arguments, tokenizer, objective, ("eval",))}
 
 
 def objective_of(arguments: Arguments, tokenizer: Any) -> Objective:

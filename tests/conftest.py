@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -27,3 +29,13 @@ def shared_data() -> Path:
 def own_data_cache(tmp_path_factory, monkeypatch) -> None:
     """Each test has a data cache of its own."""
     monkeypatch.setenv("HF_SFT_CACHE", str(tmp_path_factory.mktemp("data_cache")))
+
+
+@pytest.fixture(autouse=True)
+def own_logger_state() -> Iterator[None]:
+    """Commands set up the terminal's log for their process; a test leaves it as it was."""
+    logger = logging.getLogger("hf_sft")
+    before = logger.level, list(logger.handlers), logger.propagate
+    yield
+    logger.setLevel(before[0])
+    logger.handlers, logger.propagate = before[1:]

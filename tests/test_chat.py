@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -120,7 +118,7 @@ def test_only_the_assistants_text_is_learned(tokenizer, texts: tuple[str, ...]) 
 def test_any_text(tokenizer, texts: list[str], system: bool) -> None:
     texts = texts[: len(texts) // 2 * 2]
     messages = chat(*texts, system="\u2028s" if system else None)
-    if any(mark in "".join(texts) for mark in ("\ue0f0", "<|im_")):
+    if any(mark in "".join(texts) for mark in ("<|im_", *map(chr, range(0xFDD0, 0xFDD6)))):
         return
     row = encode_conversation(tokenizer, messages)
     assert learned(tokenizer, row) == [f"{text}<|im_end|>" for text in texts[1::2]]
@@ -290,6 +288,10 @@ _OTHER_END = "{% if add_generation_prompt %}<|endoftext|>{% else %}<|im_end|>{% 
     [
         (
             tiny.CHATML.replace("<|im_end|>\n{% endfor", "\n{% endfor"),
+            "does not end .* begins every turn.*learn to stop",
+        ),
+        (
+            tiny.CHATML.replace("<|im_end|>\n{% endfor", "\n{% endfor").replace("<|im_start|>", "### "),
             "does not end .* with a special token.*learn to stop",
         ),
         (tiny.CHATML.replace("message['content']", "message['content'] | upper"), "changes the text"),
@@ -322,7 +324,7 @@ def test_messages_show_no_placeholders(texts: tuple[str, ...]) -> None:
     for template in (bare, shouting):
         with pytest.raises(EncodingError) as caught:
             encode_conversation(tiny.tiny_tokenizer(template), chat(*texts))
-        assert not re.search("ue0f|[\ue0f0\ue0f1]", str(caught.value))
+        assert not re.search("ufdd|[\ufdd0-\ufdd5]", str(caught.value))
 
 
 def test_a_conversation_that_begins_with_the_assistant(tokenizer) -> None:
@@ -367,7 +369,7 @@ def test_templates_that_are_not_there(tokenizer) -> None:
     for call in (lambda: resolve_template(bare, None), lambda: encode_conversation(bare, chat("Hi", "Hello"))):
         with pytest.raises(ValueError, match=r"no chat template.*Set chat_template to one of: plain, chatml"):
             call()
-    with pytest.raises(ValueError, match=r"'chatlm': no known name \(plain, chatml\), no file"):
+    with pytest.raises(ValueError, match=r"'chatlm': no known name \(plain, chatml, .*\), no file"):
         resolve_template(tokenizer, "chatlm")
     bare.eos_token = None
     with pytest.raises(ValueError, match="eos_token"):
@@ -427,89 +429,7 @@ def test_messages_are_checked(tokenizer) -> None:
         encode_conversation(tokenizer, chat("Hi", "Hello"), chat_template_kwargs={"tokenize": True})
 
 
-# ---- templates with {% generation %} tags as oracle ----
-
-_TOKENS = re.compile(
-    r"<\|[^|>{}]+\|>|<\uff5c[^\uff5c]+\uff5c>|</?s>|<(?:start|end)_of_turn>|<\|\w+>|<\w+\|>|<(?:bos|eos|pad|end_of_utterance)>"
-)
-_IMAGE_ONLY = ("idefics3", "llava_next", "smolvlm")
-
-
-def _oracles() -> list[Path]:
-    spec = importlib.util.find_spec("trl")
-    if spec is None or not spec.submodule_search_locations:
-        return []
-    return sorted(Path(spec.submodule_search_locations[0], "chat_templates").glob("*_training.jinja"))
-
-
-def _reasoned(*texts: str) -> Messages:
-    return [{**m, "reasoning_content": "Let me see"} if m["role"] == "assistant" else m for m in chat(*texts)]
-
-
-CASES: dict[str, Messages] = {
-    "one turn": chat("Hi there", "Hello you"),
-    "two turns": chat("Hi there", "Hello you", "Hello you", "Bye, Hi there"),
-    "system": chat("Hi there", "Hello you", "And?", "Bye", system="Be kind"),
-    "thinking": _reasoned("Hi", "Hello"),
-    "two thoughts": _reasoned("Hi", "Hello", "And?", "Bye"),
-    "thinking in the text": chat("Hi", "<think>\nLet me see\n</think>\n\nHello"),
-}
-
-
-@pytest.mark.parametrize("path", _oracles() or [None], ids=lambda path: path.stem if path else "trl absent")
-def test_spans_agree_with_generation_tags(path: Path | None) -> None:
-    """The same tokens; our span lies in the tagged one.
-
-    Accepted differences: the tag may hold the end of the generation prompt, and what follows the end-of-turn token.
-    """
-    if path is None:
-        pytest.skip("trl is not installed: pip install trl")
-    template = path.read_text(encoding="utf-8")
-    tokenizer = tiny.tiny_tokenizer(template)
-    tokens = sorted({*_TOKENS.findall(template), *tiny.SPECIAL_TOKENS})
-    tokenizer.add_special_tokens({"additional_special_tokens": tokens, "bos_token": "<bos>", "eos_token": "<eos>"})
-    if path.stem.removesuffix("_training") in _IMAGE_ONLY:
-        with pytest.raises(EncodingError):
-            encode_conversation(tokenizer, CASES["one turn"])
-        return
-    checked = 0
-    for name, messages in CASES.items():
-        if name == "system" and path.stem == "gemma_training":  # "System role not supported"
-            with pytest.raises(EncodingError, match="System role"):
-                encode_conversation(tokenizer, messages)
-            continue
-        oracle = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
-        row = encode_conversation(tokenizer, messages)
-        assert row["input_ids"] == oracle["input_ids"], name
-        mask = oracle["assistant_masks"]
-        tagged = learned(
-            tokenizer,
-            {
-                "input_ids": row["input_ids"],
-                "labels": [token if m else IGNORE for token, m in zip(row["input_ids"], mask, strict=True)],
-            },
-        )
-        ours = learned(tokenizer, row)
-        assert len(ours) == len(tagged) == sum(m["role"] == "assistant" for m in messages), name
-        turns = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
-        for turn, span, tag in zip(turns, ours, tagged, strict=True):
-            prompt = tokenizer.apply_chat_template(messages[:turn], add_generation_prompt=True, tokenize=False)
-            before, found, after = tag.partition(span)
-            assert found, (name, span, tag)
-            assert before in prompt[-60:], (name, before)  # the prompt holds it
-            assert after.strip() in ("", "<eos>"), (
-                name,
-                after,
-            )  # a line break; Phi-3's <|endoftext|> behind its <|end|>
-            end = _TOKENS.findall(span)[-1]
-            assert span.endswith(end), (name, span)
-            answer = messages[turn]["content"].rpartition("\n\n")[2]
-            assert re.fullmatch(rf"{re.escape(answer)}(?:{_TOKENS.pattern})+", span[span.rindex(answer) :]), (
-                name,
-                span,
-            )
-        checked += 1
-    assert checked >= 5
+# ---- special tokens that the user has added ----
 
 
 def test_tokens_that_the_user_has_added_may_stand_in_texts() -> None:

@@ -1,135 +1,19 @@
-"""Reading files, and recognising conversations."""
+"""Recognising conversations."""
 
 from __future__ import annotations
 
-import codecs
 import json
-import pickle
-from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from hf_sft.data.files import BadRecord, Record, read_records
-from hf_sft.data.formats import FormatError, check_template_kwargs, to_conversation
+from hf_sft.data.files import read_records
+from hf_sft.data.formats import DATA_FORMATS, FORMATS, FormatError, check_template_kwargs, to_conversation
 
 TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
-RECORDS = [{"question": "1+1", "answer": "2"}, {"messages": TURNS}]
-
-
-def write(path: Path, data: bytes | str) -> Path:
-    path.write_bytes(data if isinstance(data, bytes) else data.encode())
-    return path
-
-
-# ---- files ----
-
-
-@pytest.mark.parametrize("name", ["data.jsonl", "data.json", "data.txt"])
-@pytest.mark.parametrize("bom", [b"", codecs.BOM_UTF8])
-def test_json_lines(tmp_path: Path, name: str, bom: bytes) -> None:
-    text = "\n" + json.dumps(RECORDS[0]) + "\r\n  \n" + json.dumps(RECORDS[1])
-    records = list(read_records(write(tmp_path / name, bom + text.encode())))
-    assert records == [Record(2, RECORDS[0]), Record(4, RECORDS[1])]
-
-
-@pytest.mark.parametrize("indent", [None, 2])
-@pytest.mark.parametrize("bom", [b"", codecs.BOM_UTF8])
-@pytest.mark.parametrize("items", [RECORDS, [TURNS, TURNS]], ids=["objects", "arrays"])
-def test_a_json_array(tmp_path: Path, indent: int | None, bom: bytes, items: list) -> None:
-    path = write(tmp_path / "data.json", bom + b"\n" + json.dumps(items, indent=indent).encode() + b"\n")
-    assert list(read_records(path)) == [Record(n, item, "record") for n, item in enumerate(items, 1)]
-
-
-def test_lines_that_are_arrays_of_messages(tmp_path: Path) -> None:
-    line = json.dumps(TURNS)
-    assert [r.value for r in read_records(write(tmp_path / "one.jsonl", line))] == [TURNS]
-    assert [r.value for r in read_records(write(tmp_path / "two.jsonl", f"{line}\n{line}\n"))] == [TURNS, TURNS]
-    broken = list(read_records(write(tmp_path / "broken.jsonl", f"{line[:-1]}\n{line}\n")))
-    assert isinstance(broken[0].value, BadRecord)
-    assert broken[1].value == TURNS
-
-
-@pytest.mark.parametrize(
-    ("line", "reason"),
-    [
-        (b'{"question": "caf\xe9", "answer": ""}', "invalid UTF-8: byte 0xe9 at position 17"),
-        (b"{'question': 1}", "no JSON: Expecting property name .* column 2"),
-        (b'{"question": NaN}', "NaN is no JSON value"),
-        (b'{"question": -Infinity}', "-Infinity is no JSON value"),
-        (b'{"question": "a"', "no JSON"),
-        (b"question,answer", "no JSON"),
-        (b"[" * 100_000, "nested too deeply|no JSON"),
-    ],
-)
-def test_bad_lines_are_named(tmp_path: Path, line: bytes, reason: str) -> None:
-    good = json.dumps(RECORDS[0]).encode()
-    records = list(read_records(write(tmp_path / "x.jsonl", b"\n".join([good, line, good]))))
-    assert [record.number for record in records] == [1, 2, 3]
-    assert records[0].value == records[2].value == RECORDS[0]
-    assert isinstance(records[1].value, BadRecord)
-    with pytest.raises(FormatError, match=reason):
-        to_conversation(records[1].value)
-
-
-@pytest.mark.parametrize("tail", ["", "]", '{"a": }]'])
-def test_a_broken_array_names_its_line(tmp_path: Path, tail: str) -> None:
-    path = write(tmp_path / "x.json", '[\n  {"question": "a", "answer": "b"},\n' + tail)
-    with pytest.raises(ValueError, match=r"x\.json, line [23]: .*JSON array"):  # Python 3.13 blames the comma
-        list(read_records(path))
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        (
-            json.dumps(RECORDS[0], indent=2),
-            r"x\.json is one JSON object over several lines.*JSON lines or a JSON array",
-        ),
-        ("\ufeff\n" + json.dumps(RECORDS[0], indent=2) * 2, "begins with a JSON object over several lines"),
-        ("question,answer\n1+1,2\n2+2,4\n", r"holds no JSON: it begins with 'question,answer', like CSV.*JSON lines"),
-        ("just text", "holds no JSON: it begins with 'just text'"),
-        ("caf\xe9;\n\n", "holds no JSON"),
-    ],
-)
-def test_files_of_another_shape_are_named_once(tmp_path: Path, text: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        list(read_records(write(tmp_path / "x.json", text)))
-
-
-@pytest.mark.parametrize("first", ["question,answer", '{"question": "a"', '{"question": NaN}', '{"a": "caf\udce9"}'])
-def test_one_broken_line_is_not_the_whole_file(tmp_path: Path, first: str) -> None:
-    data = f"{first}\n{json.dumps(RECORDS[0])}\n".encode(errors="surrogateescape")
-    bad, good = list(read_records(write(tmp_path / "x.jsonl", data)))
-    assert isinstance(bad.value, BadRecord)
-    assert good.value == RECORDS[0]
-
-
-def test_files_that_hold_no_records(tmp_path: Path) -> None:
-    cases = {
-        "no such data file": tmp_path / "missing.jsonl",
-        "is a folder": tmp_path,
-        r"is empty \(0 bytes\)": write(tmp_path / "empty.jsonl", b""),
-        "holds no record": write(tmp_path / "blank.jsonl", b" \n\n"),
-        "holds no record.*": write(tmp_path / "none.json", b"[]"),
-        "pickle, which can run code": write(tmp_path / "data.jsonl", pickle.dumps(RECORDS)),
-        "is a pickle": write(tmp_path / "data.pkl", b"x"),
-        "UTF-16": write(tmp_path / "wide.jsonl", json.dumps(RECORDS[0]).encode("utf-16")),
-        "Parquet": write(tmp_path / "x.parquet", b"PAR1...."),
-        "gzip": write(tmp_path / "x.jsonl.gz", b"\x1f\x8b\x08\x00"),
-    }
-    for message, path in cases.items():
-        with pytest.raises(ValueError, match=message):
-            list(read_records(path))
-
-
-def test_unpickling_never_happens(tmp_path: Path) -> None:
-    class Trap:
-        def __reduce__(self):
-            return (Path.touch, (tmp_path / "run",))
-
-    with pytest.raises(ValueError, match="pickle"):
-        list(read_records(write(tmp_path / "data.json", pickle.dumps(Trap()))))
-    assert not (tmp_path / "run").exists()
 
 
 # ---- conversations ----
@@ -189,7 +73,30 @@ def with_turn(**changes) -> list:
         (with_turn(role="gpt"), "message 1 has the role 'gpt'; known are system, developer, user, assistant, tool"),
         (with_turn(role=None), "message 1 has the role None"),
         (with_turn(content=7), "content of message 1 is int 7, but it must be a string"),
-        (with_turn(content=[{"type": "text", "text": "a"}]), "content of message 1 is list"),
+        (with_turn(content={"text": "a"}), "content of message 1 is dict"),
+        (with_turn(content=[{"type": "image"}]), "part 0 of message 1 is of type 'image', but only text is supported"),
+        (with_turn(content=["a"]), "part 0 of message 1 is a, but only text"),
+        (with_turn(content=[{"type": "text", "text": 1}]), "part 0 of message 1 is int 1"),
+        (with_turn(content=[]), r"message 1 \(assistant\) has no content"),
+        (with_turn(role=["assistant"]), r"message 1 has the role \['assistant'\]"),
+        (with_turn(role="\ud83d"), r"the role '\\ud83d'"),
+        (with_turn(weight=0.5), "weight of message 1 is 0.5; it must be 0"),
+        (with_turn(tool_calls=[{"function": {"arguments": {}}}]), "tool call 0 of message 1 has no name"),
+        (with_turn(tool_calls=[{"name": "add", "arguments": "x"}]), "arguments of tool call 0 of .* no JSON"),
+        (
+            with_turn(tool_calls=[{"name": "add", "arguments": "[1]"}]),
+            r"arguments of tool call 0 of message 1 is \[1\]",
+        ),
+        (with_turn(tool_calls=[{"name": "a"}], function_call={"name": "a"}), "both tool_calls and function_call"),
+        ([{**TURNS[0], "tool_calls": [{"name": "a"}]}, TURNS[1]], r"message 0 \(user\) has tool_calls"),
+        ({"messages": "[{'role': 'user'}]"}, "no JSON.*Python's own notation.*json.dumps"),
+        ({"messages": "[1"}, "messages is a string that is no JSON"),
+        (
+            {"messages": [{"role": "system", "content": "a"}, *TURNS], "system": "b"},
+            "begin with another system prompt, a;",
+        ),
+        ({"question": "a", "answer": "b", "system": 1}, "system is int 1"),
+        ({"messages": TURNS, "functions": [1]}, "tools is .*must be a list of function schemas"),
         (with_turn(content=None), r"message 1 \(assistant\) has no content"),
         (with_turn(content="\ud83d"), r"half of a surrogate pair \(U\+D83D\)"),
         (with_turn(reasoning_content=1), "reasoning_content of message 1 is int 1"),
@@ -218,16 +125,206 @@ def test_template_variables() -> None:
     assert check_template_kwargs({"a": 1}) == {"a": 1}
 
 
+def test_texts_are_for_pretraining() -> None:
+    for data_format in ("auto", "text"):
+        with pytest.raises(FormatError, match="plain text, which task_type pretrain reads"):
+            to_conversation({"text": "once upon a time"}, data_format)
+
+
+# ---- shapes that readers and APIs give messages ----
+
+
 @pytest.mark.parametrize(
-    ("record", "name"),
+    "given",
     [
-        ({"chosen": "a", "rejected": "b"}, "preference pair"),
-        ({"text": "once upon a time"}, "plain text"),
+        json.dumps(TURNS), f" {json.dumps(TURNS, indent=1)}\n", tuple(TURNS), np.array(TURNS, dtype=object),
+        [{**TURNS[0], "content": [{"type": "text", "text": "H"}, {"type": "text", "text": "i", "image": None}]}, TURNS[1]],
+        [{**TURNS[0], "content": np.array([{"type": "text", "text": "Hi"}], dtype=object)}, TURNS[1]],
+        [TURNS[0], {**TURNS[1], "tool_calls": [], "function_call": None, "weight": 1}],
     ],
+)  # fmt: skip
+def test_shapes_of_messages(given: Any) -> None:
+    assert to_conversation({"messages": given}).messages == TURNS
+    if not isinstance(given, str):
+        assert to_conversation(given).messages == TURNS
+
+
+def test_turns_in_columns_of_a_table() -> None:
+    turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello", "train": None}]
+    tools = [{"name": "add", "parameters": {"properties": {"a": {"type": "integer"}, "b": None}}}]
+    record = {"conversations": json.dumps(turns), "tools": json.dumps(tools), "system": "", "messages": ""}
+    conversation = to_conversation(record)
+    assert conversation.messages == TURNS and conversation.format == "sharegpt"
+    assert conversation.tools == [{"name": "add", "parameters": {"properties": {"a": {"type": "integer"}}}}]
+    arrays = {"conversations": np.array(turns, dtype=object), "tools": np.array(tools, dtype=object)}
+    assert to_conversation(arrays) == conversation
+    assert to_conversation({**arrays, "tools": np.array([]), "chat_template_kwargs": '{"a": 1}'}).template_kwargs == {
+        "a": 1
+    }
+
+
+def test_function_calls_of_openai() -> None:
+    schema = {"name": "add", "parameters": {}}
+    turns = [
+        TURNS[0],
+        {"role": "assistant", "content": None, "function_call": {"name": "add", "arguments": '{"a": 1}'}},
+        {"role": "function", "name": "add", "content": "2"},
+        {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [{"id": "7", "function": {"name": "add", "arguments": ""}}],
+        },
+        {"role": "ipython", "content": "3"},
+        {**TURNS[1], "weight": 0},
+    ]
+    conversation = to_conversation({"messages": turns, "functions": [schema]})
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    assert conversation.messages == [
+        TURNS[0],
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "name": "add", "content": "2"},
+        {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [{"id": "7", "function": {"name": "add", "arguments": {}}}],
+        },
+        {"role": "tool", "content": "3"},
+        {**TURNS[1], "train": False},
+    ]
+    assert conversation.tools == [{"type": "function", "function": schema}]
+
+
+def test_a_system_prompt_beside_the_turns() -> None:
+    system = {"role": "system", "content": "s"}
+    for record in (
+        {"messages": TURNS}, {"messages": [system, *TURNS]}, {"question": "Hi", "answer": "Hello"},
+        {"prompt": TURNS[:1], "completion": "Hello"}, {"instruction": "Hi", "output": "Hello"},
+    ):  # fmt: skip
+        assert to_conversation({**record, "system": "s"}).messages == [system, *TURNS]
+
+
+# ---- declared formats ----
+
+HUMAN = {"human": "Hi", "assistant": "Hello"}
+PUT_IN = {"input": "Hi", "output": "Hello"}
+EXAMPLES: list[tuple[str, Any]] = [
+    ("messages", TURNS), ("messages", {"messages": TURNS}), ("messages", {"conversation": TURNS}),
+    ("prompt_generation", {"prompt": "Hi", "generation": "Hello"}),
+    ("prompt_completion", {"prompt": "Hi", "completion": "Hello"}),
+    ("prompt_completion", {"prompt": TURNS[:1], "completion": "Hello"}),
+    ("question_answer", {"question": "Hi", "answer": "Hello"}),
+    ("alpaca", {"instruction": "Hi", "output": "Hello"}),
+    ("sharegpt", {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}),
+    ("sharegpt", {"messages": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}),
+    ("sharegpt", [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]),
+    ("firefly", {"conversation": [HUMAN]}), ("xtuner", {"conversation": [PUT_IN]}),
+    ("preference", {"prompt": "Hi", "chosen": "Hello", "rejected": "Go away"}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "record"), EXAMPLES)
+def test_the_name_of_the_format(name: str, record: Any) -> None:
+    conversation = to_conversation(record)
+    assert (conversation.format, conversation.messages) == (name, TURNS)
+    assert to_conversation(record, name) == conversation
+    for other in {*DATA_FORMATS} - {name, "auto"}:
+        with pytest.raises(FormatError, match=rf"data_format is {other} \(.*; |data_format is {other} \(.* {name}"):
+            to_conversation(record, other)
+
+
+def test_format_names() -> None:
+    assert set(DATA_FORMATS) == {"auto", *(row.name for row in FORMATS)}
+    with pytest.raises(ValueError, match="data_format is 'json'; it must be one of auto, messages") as caught:
+        to_conversation(TURNS, "json")
+    assert not isinstance(caught.value, FormatError)
+
+
+def test_a_declared_format_that_does_not_fit() -> None:
+    record = {"question": "a", "answer": "b"}
+    with pytest.raises(FormatError) as caught:
+        to_conversation(record, "alpaca")
+    assert str(caught.value) == (
+        "data_format is alpaca (instruction/input/output), but the record is an object with 'question', 'answer', as in "
+        "question_answer: set data_format to question_answer or auto, or mend the record"
+    )
+    with pytest.raises(FormatError, match="the record is an object with 'story'; set data_format to auto, or mend"):
+        to_conversation({"story": "b"}, "alpaca")
+    with pytest.raises(FormatError, match=r"^output is null, but instruction/input/output needs"):
+        to_conversation({**record, "instruction": "a", "output": None}, "alpaca")
+
+
+def test_a_record_in_several_formats() -> None:
+    both = {
+        "question": "Hi",
+        "answer": "Hello",
+        "messages": TURNS,
+        "conversations": TURNS,
+        "output": "7",
+        "instruction": "8",
+    }
+    assert to_conversation(both).format == "messages"
+    assert to_conversation({**both, "conversations": TURNS[:1], "chosen": "a", "rejected": "b"}).format == "preference"
+    declared = to_conversation(both, "alpaca")
+    assert declared.format == "alpaca" and declared.messages[0]["content"] == "8"
+    for name in ("messages", "sharegpt"):  # both are said of these
+        assert to_conversation({"conversations": TURNS}, name).format == name
+
+
+# ---- whatever a file may hold ----
+
+_KEYS = st.sampled_from(
+    "messages conversations conversation prompt completion generation question answer instruction input output history system "
+    "tools functions chosen rejected text role content from value human assistant tool_calls function function_call name "
+    "arguments train weight type chat_template_kwargs reasoning_content".split()
 )
-def test_formats_of_other_projects_are_named(record: dict, name: str) -> None:
-    with pytest.raises(FormatError, match=f"{name}.*not read in this version"):
-        to_conversation(record)
+_LEAVES = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=4), st.just("\ud800"),
+    st.sampled_from(["user", "assistant", "system", "tool", "gpt", "human", "function_call", "text", "[]", "{}", "[{}]", "\0"]),
+)  # fmt: skip
+_VALUES = st.recursive(
+    _LEAVES, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(_KEYS, inner, max_size=5), max_leaves=25
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(_VALUES, st.sampled_from(DATA_FORMATS), st.booleans())
+def test_any_record_is_read_or_refused(value: Any, data_format: str, arrays: bool) -> None:
+    if arrays and isinstance(value, dict):
+        value = {key: np.array(item, dtype=object) if isinstance(item, list) else item for key, item in value.items()}
+    try:
+        conversation = to_conversation(value, data_format)
+    except FormatError as error:
+        reason = str(error)
+    else:
+        assert any(message["role"] == "assistant" for message in conversation.messages)
+        assert all(isinstance(message["content"], (str, type(None))) for message in conversation.messages)
+        reason = ""
+    assert len(reason.encode("utf-8")) < 1500
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"k" * 1_000_000: 1}, {"messages": "x" * 1_000_000}, [{"role": "r" * 1_000_000, "content": ""}],
+        {"conversations": [{"k" * 1_000_000: 1}]}, {"question": {"q" * 1_000_000: 1}, "answer": ""},
+        {"messages": [{"role": "user", "content": ""}, {"role": "assistant", "content": "", "train": "t" * 1_000_000}]},
+    ],
+)  # fmt: skip
+def test_messages_about_huge_records_are_short(value: Any) -> None:
+    with pytest.raises(FormatError) as caught:
+        to_conversation(value)
+    assert len(str(caught.value)) < 1500
+
+
+def test_nested_too_deeply() -> None:
+    deep: Any = "a"
+    for _ in range(100_000):
+        deep = [deep]
+    for record in (deep, {"messages": TURNS, "tools": deep}, {"messages": deep}, {"question": deep, "answer": ""}):
+        with pytest.raises(FormatError):
+            to_conversation(record)
+    with pytest.raises(FormatError, match="deep"):
+        to_conversation({"messages": TURNS, "tools": "[" * 100_000})
 
 
 # ---- records of other projects ----

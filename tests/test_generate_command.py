@@ -292,7 +292,7 @@ def test_wrong_options(wedlm, words, message) -> None:
         ({"messages": [{"role": "user", "content": "a"}]}, ["--raw"], "line 2: raw continues texts"),
         ({"messages": [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]}, ["--system", "c"],
          "line 2: .*has a system message; leave out system"),
-        ({"prompt": "a", "chat_template_kwargs": "abc"}, [], "line 2: chat_template_kwargs is abc, but it must be an object"),
+        ({"prompt": "a", "chat_template_kwargs": "abc"}, [], "line 2: chat_template_kwargs is a string that is no JSON"),
         ({"messages": [{"role": "user", "content": "a"}], "chat_template_kwargs": {"tools": []}}, [],
          "line 2: chat_template_kwargs sets tools"),
         ({"prompt": "a", "tools": "abc"}, [], "line 2: tools is a string that is no JSON"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -11,12 +12,12 @@ import numpy as np
 import pytest
 from test_exporting import mask_tokenizer, save_source
 from test_wedlm_collator import collator, rows
-from tiny import conversations
+from tiny import conversations, tiny_tokenizer
 
 from hf_sft import drawing
 from hf_sft.attention.layout import Layout
 from hf_sft.collators import CausalCollator, WeDLMCollator
-from hf_sft.commands import inspect
+from hf_sft.commands import inspect, masks
 from hf_sft.drawing import CLEAN_TO_CLEAN, HIDDEN, IN_BLOCK, NOISY_TO_CLEAN, classify, mask_panel, token_text
 from hf_sft.noise import MaskRule
 
@@ -274,16 +275,166 @@ def test_requests_that_do_not_fit(tmp_path) -> None:
 
 
 def test_documents_that_are_too_long_to_be_seen(monkeypatch) -> None:
-    monkeypatch.setattr(inspect, "_MOST_TOKENS", 31)
+    monkeypatch.setattr(masks, "_MOST_TOKENS", 31)
     with pytest.raises(ValueError, match="32 tokens in two streams, more than 31"):
         inspect.main(["--masks", "--text"])
 
 
 def test_modes(capsys) -> None:
-    with pytest.raises(ValueError, match="no mode: give one of --masks"):
+    with pytest.raises(ValueError, match="told no data: name a run with --train_args_file"):
         inspect.main([])
     assert "--masks" in capsys.readouterr().out
-    assert inspect.main(["--help"]) == 0
+    with pytest.raises(SystemExit, match="0"):
+        inspect.main(["--help"])
+    assert "--samples" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="0"):
         inspect.main(["--masks", "--help"])
     assert "--documents" in capsys.readouterr().out
+
+
+# The data of a run
+
+
+def data_run(tmp_path: Path, rows: list | None = None, **fields) -> str:
+    """A run file on a tokenizer without a model."""
+    tiny_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    for name, seed in (("train", 0), ("eval", 1)):
+        records = [{"messages": row} for row in conversations(60, seed)] if rows is None else rows
+        lines = [record if isinstance(record, str) else json.dumps(record) for record in records]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    run = tmp_path / "run.json"
+    values = {
+        "model_name_or_path": str(tmp_path / "tokenizer"),
+        "train_file": str(tmp_path / "train.jsonl"),
+        "bf16": True,
+    }
+    run.write_text(json.dumps({**values, "output_dir": str(tmp_path / "out"), "max_seq_length": 256, **fields}))
+    return str(run)
+
+
+def test_the_data_of_a_run(tmp_path, capsys) -> None:
+    from hf_sft.data.chat import encode_conversation
+
+    run = data_run(tmp_path, eval_file=str(tmp_path / "eval.jsonl"))
+    page, values = tmp_path / "new" / "page.html", tmp_path / "report.json"
+    files = ["--html", str(page), "--json", str(values)]
+    assert inspect.main([run, "--samples", "2", "--eval_file", str(tmp_path / "eval.jsonl"), *files]) == 0
+    printed = capsys.readouterr().out
+    assert f"Page: {page}" in printed and f"JSON: {values}" in printed
+    assert "records read             60" in printed and "end of turn" in printed
+    found = json.loads(values.read_text(encoding="utf-8"))
+    rows = [encode_conversation(tiny_tokenizer(), row) for row in conversations(60)]
+    train, evaluation = found["splits"]
+    assert (train["name"], train["rows"], evaluation["name"]) == ("train", 60, "eval")
+    assert train["tokens"] == train["report"]["tokens"] == sum(len(row["input_ids"]) for row in rows)
+    assert train["learned"] == train["report"]["supervised_tokens"]
+    assert train["packing"]["fill"] == train["tokens"] / (train["packing"]["bins"] * 256)
+    for sample in train["samples"]:
+        row = rows[sample["record"] - 1]
+        assert [token for each in sample["tokens"] for token in each["ids"]] == row["input_ids"]
+        learned = [each["learned"] for each in sample["tokens"] for _ in each["ids"]]
+        assert learned == [label != -100 for label in row["labels"]]
+    assert "What the model will see" in page.read_text(encoding="utf-8")
+    assert not (tmp_path / "out").exists()
+    for words in (["--html", str(page)], ["--json", str(values)]):
+        with pytest.raises(ValueError, match="exists: name another file, or add --overwrite"):
+            inspect.main([run, *words])
+        assert inspect.main([run, *words, "--overwrite"]) == 0
+
+
+def test_model_and_file_name_a_run(tmp_path, capsys) -> None:
+    data_run(tmp_path)
+    words = [
+        "--model",
+        str(tmp_path / "tokenizer"),
+        "--file",
+        str(tmp_path / "train.jsonl"),
+        "--max_train_samples",
+        "7",
+    ]
+    assert inspect.main(words) == 0
+    assert "records read             7" in capsys.readouterr().out
+
+
+def test_chosen_rows_splits_and_tokens(tmp_path, capsys) -> None:
+    run = data_run(tmp_path, eval_file=str(tmp_path / "eval.jsonl"))
+    inspect.main([run, "--row", "3", "5"])
+    printed = capsys.readouterr().out
+    assert re.findall(r"(\w+, asked for: row \d+, record \d+)", printed) == [
+        "train, asked for: row 3, record 4",
+        "train, asked for: row 5, record 6",
+    ]
+    inspect.main([run, "--split", "eval", "--row", "2", "--tokens"])
+    printed = capsys.readouterr().out
+    assert "eval, asked for: row 2" in printed and "train ─" not in printed and re.search("258 +-100", printed)
+    inspect.main([run, "--split", "eval"])
+    assert "eval, longest: row" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="there is no row 60 in train"):
+        inspect.main([run, "--row", "60"])
+    with pytest.raises(ValueError, match="there are no eval data: name eval_file"):
+        inspect.main([data_run(tmp_path), "--split", "eval"])
+
+
+def test_long_rows_in_full(tmp_path, capsys) -> None:
+    run = data_run(tmp_path, [{"prompt": "a" * 600, "completion": "b" * 600}], max_seq_length=2048)
+    inspect.main([run])
+    assert " tokens ... " in capsys.readouterr().out
+    inspect.main([run, "--full"])
+    printed = capsys.readouterr().out
+    assert " tokens ... " not in printed and printed.replace("\n", "").count("b" * 600) >= 1
+
+
+def test_records_that_stop_training_do_not_stop_the_inspection(tmp_path, capsys) -> None:
+    rows = ["{broken", *({"messages": row} for row in conversations(30)), {"prompt": "a" * 300, "completion": "b"}]
+    run = data_run(tmp_path, rows, overlength="error")
+    assert inspect.main([run]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "1 of 32 records (3.1 %) cannot be used, and training stops at the first of them" in printed
+    assert "1 of 32 records (3.1 %) are longer than max_seq_length 256, and training stops" in printed
+    assert "train.jsonl, line 1" in printed
+    assert inspect.main([run, "--strict"]) == 1
+    assert inspect.main([run, "--strict", "--bad_records", "skip", "--overlength", "drop"]) == 0
+    with pytest.raises(ValueError, match="of 1 records none is left"):
+        inspect.main([data_run(tmp_path, ["{broken"])])
+
+
+def test_a_prepared_folder_and_live_data(tmp_path, capsys) -> None:
+    from hf_sft.commands import prepare
+
+    run = data_run(tmp_path)
+    prepare.main(["--train_args_file", run, "--output_dir", str(tmp_path / "prepared")])
+    capsys.readouterr()
+    inspect.main([run])
+    printed = capsys.readouterr().out
+    inspect.main([run, "--train_file", str(tmp_path / "prepared")])
+    assert capsys.readouterr().out == printed
+    inspect.main([run, "--lazy_preprocess", "true"])
+    assert capsys.readouterr().out == printed
+    inspect.main([run, "--streaming", "true", "--max_steps", "3"])
+    assert (
+        capsys.readouterr().out == "looked at          the first 10,000 records"
+        or "records read             60" in printed
+    )
+
+
+def test_texts_are_inspected_too(tmp_path, capsys) -> None:
+    run = data_run(tmp_path, [{"text": f"This is text {n}. " * (1 + n)} for n in range(40)], task_type="pretrain")
+    assert inspect.main([run]) == 0
+    printed = capsys.readouterr().out
+    assert "findings: nothing that usually goes wrong was found" in printed
+    assert "cut into several rows" in printed and "end of turn learned      40 of 40 documents" in printed
+
+
+def test_data_requests_that_do_not_fit(tmp_path) -> None:
+    run = data_run(tmp_path)
+    for words, message in (
+        (["--model", "x"], "name a run with --train_args_file, or a model and its data"),
+        ([run, "--samples", "-1"], "--samples is -1"),
+        ([run, "--html", str(tmp_path / "page.pdf")], r"html is .*: the name of this file ends with \.html"),
+        ([run, "--json", str(tmp_path / "page.txt")], r"ends with \.json"),
+        ([run, "--no_such_thing", "1"], "no_such_thing"),
+        ([run, "--train_file", str(tmp_path / "none.jsonl")], "none.jsonl"),
+        (["--masks", "--masks"], "has no argument --masks"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            inspect.main(words)

@@ -16,7 +16,7 @@ import tiny
 from datasets import Dataset
 
 from hf_sft.arguments import DataArguments
-from hf_sft.data import pipeline
+from hf_sft.data import prepared
 from hf_sft.data.cache import wait_for_folder, write_folder
 from hf_sft.data.chat import encode_conversation
 from hf_sft.data.pipeline import (
@@ -26,6 +26,7 @@ from hf_sft.data.pipeline import (
     rows_from_examples,
     write_data_report,
 )
+from hf_sft.data.rows import SCHEMA, RowEncoder
 
 TOO_LONG = {"question": "x" * 600, "answer": "y"}
 GOOD = {"question": "Hi", "answer": "Hello"}
@@ -46,7 +47,7 @@ def arguments(**changes: Any) -> DataArguments:
 
 
 def lists(rows: Dataset) -> list[dict[str, list[int]]]:
-    return [rows[n] for n in range(len(rows))]
+    return [{name: rows[n][name] for name in ("input_ids", "labels")} for n in range(len(rows))]
 
 
 def read_equals_sum(report: dict[str, Any]) -> bool:
@@ -61,21 +62,18 @@ def test_rows_are_those_of_encode_conversation(tokenizer, tmp_path) -> None:
     prepared = prepare_dataset(jsonl(tmp_path / "a.jsonl", conversations), tokenizer, data=arguments())
     expected = [encode_conversation(tokenizer, c) for c in conversations[:3] + conversations[-3:]]
     rows = prepared.rows
-    assert [rows[n] for n in (0, 1, 2, 2497, 2498, 2499)] == expected
-    assert {name: feature.feature.dtype for name, feature in rows.features.items()} == {
-        "input_ids": "int32",
-        "labels": "int32",
-    }
+    assert [lists(rows)[n] for n in (0, 1, 2, 2497, 2498, 2499)] == expected
+    assert rows.features.arrow_schema.equals(SCHEMA)
+    assert rows["record"][:] == list(range(1, 2501))
+    assert rows["full_length"][:] == [len(row["input_ids"]) for row in lists(rows)]
     assert rows.cache_files  # memory-mapped
     lengths = [len(row["input_ids"]) for row in lists(rows)]
     learned = sum(sum(label != -100 for label in row["labels"]) for row in lists(rows))
-    report = prepared.report
-    assert report == {
-        "split": "train",
-        "source": str(tmp_path / "a.jsonl"),
+    counts = {
         "records": 2500,
         "kept": 2500,
         "dropped": {"overlength": 0, "no_supervised_token": 0},
+        "too_long_lengths": {},
         "bad": {"count": 0, "reasons": {}, "examples": []},
         "truncated": 0,
         "cut_into_several": 0,
@@ -84,7 +82,12 @@ def test_rows_are_those_of_encode_conversation(tokenizer, tmp_path) -> None:
         "supervised_share": learned / sum(lengths),
         "longest": max(lengths),
         "mean_length": sum(lengths) / 2500,
+        "duplicates": 2500 - len({str(row) for row in lists(rows)}),
+        "formats": {"messages": 2500},
+        "special_tokens_in_text": {},
     }
+    sources = [{"source": str(tmp_path / "a.jsonl"), "weight": 1.0, **counts}]
+    assert prepared.report == {"split": "train", **counts, "rows": 2500, "sources": sources}
 
 
 def test_overlength_rows(tokenizer, tmp_path) -> None:
@@ -101,8 +104,8 @@ def test_overlength_rows(tokenizer, tmp_path) -> None:
     assert len(row["input_ids"]) == 256
     assert end not in row["labels"]  # not taught to stop
     assert row["labels"][-1] == row["input_ids"][-1]
-    for prepared in (dropped, cut):
-        assert read_equals_sum(prepared.report)
+    for each in (dropped, cut):
+        assert read_equals_sum(each.report)
     with pytest.raises(
         ValueError, match=r"2 of the first 4 documents are too long(.|\n)*line 2: .* max_seq_length is 256"
     ):
@@ -183,8 +186,8 @@ def test_wrong_input_leaves_nothing(tokenizer, tmp_path) -> None:
 def encoded(monkeypatch) -> list[int]:
     """Grows by one entry for each chunk that is tokenised."""
     calls: list[int] = []
-    encode = pipeline._encode_chunk
-    monkeypatch.setattr(pipeline, "_encode_chunk", lambda *args: calls.append(1) or encode(*args))
+    encode = RowEncoder.encode
+    monkeypatch.setattr(RowEncoder, "encode", lambda *args: calls.append(1) or encode(*args))
     return calls
 
 
@@ -227,7 +230,7 @@ def test_a_change_of_anything_is_seen(tokenizer, tmp_path, encoded, monkeypatch)
         assert len(encoded) == count, fields
     jsonl(path, tiny.conversations(5, seed=1))
     prepare_dataset(path, tokenizer, data=arguments())
-    monkeypatch.setattr(pipeline, "hash_files", lambda paths: "other code")
+    monkeypatch.setattr(prepared, "hash_files", lambda paths: "other code")
     prepare_dataset(path, tokenizer, data=arguments())
     assert len(encoded) == len(changes) + 2
 
@@ -277,7 +280,9 @@ def test_other_ranks_wait_for_the_first(tokenizer, tmp_path, encoded, monkeypatc
     path = jsonl(tmp_path / "a.jsonl", [GOOD])
     found: list[Any] = []
     monkeypatch.setenv("LOCAL_RANK", "1")
-    waiting = threading.Thread(target=lambda: found.append(prepare_dataset(path, tokenizer, data=arguments())))
+    waiting = threading.Thread(
+        target=lambda: found.append(prepare_dataset(path, tokenizer, data=arguments())), daemon=True
+    )
     waiting.start()
     time.sleep(0.5)
     assert not found
@@ -298,7 +303,7 @@ def test_other_ranks_do_not_take_a_folder_that_is_being_rebuilt(tokenizer, tmp_p
     found: list[Any] = []
     data = arguments(rebuild_cache=True)
     monkeypatch.setenv("LOCAL_RANK", "1")
-    waiting = threading.Thread(target=lambda: found.append(prepare_dataset(path, tokenizer, data=data)))
+    waiting = threading.Thread(target=lambda: found.append(prepare_dataset(path, tokenizer, data=data)), daemon=True)
     waiting.start()
     time.sleep(0.5)
     assert not found

@@ -21,12 +21,37 @@ CONFIGS = sorted(path for path in ROOT.glob("train_args/**/*") if path.suffix in
 
 # Imports go down, or from left to right within a floor (a module may import those before it).
 FLOORS: list[list[str]] = [
-    ["arguments", "conversion", "legacy", "checks", "training_arguments", "help", "parsing"],
+    ["arguments", "conversion", "sources", "legacy", "checks", "training_arguments", "help", "parsing"],
     ["data.", "losses", "metrics", "attention.layout", "attention", "noise", "streams"],
-    ["models.wrappers", "models.", "models", "attention.", "collators", "data.pipeline", "objectives", "checkpoints"],
-    ["merging", "exporting", "decoding.", "decoding", "generation", "drawing", "training.callbacks", "training"],
+    [
+        "models.wrappers",
+        "models.",
+        "models",
+        "attention.",
+        "collators",
+        "data.rows",
+        "data.prepared",
+        "data.pipeline",
+        "data.live",
+        "objectives",
+        "checkpoints",
+    ],
+    [
+        "merging",
+        "exporting",
+        "decoding.",
+        "decoding",
+        "generation",
+        "drawing",
+        "inspection.",
+        "inspection",
+        "terminal",
+        "pages",
+        "training.callbacks",
+        "training",
+    ],
     ["training.setup", "training.bin_trainer", "training.trainer"],
-    ["tasks", "commands", "commands."],
+    ["tasks", "commands", "commands.options", "commands.train", "commands."],
     ["cli"],
 ]
 LAZY = {"", "cli"}  # the package's exports and the dispatcher of commands

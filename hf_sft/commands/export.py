@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
+from hf_sft.commands.options import add_writing_options
+
 FORMATS = {"wedlm": "the official WeDLM engine (bfloat16)"}
 
 
@@ -16,12 +18,10 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("source", help="folder (or hub name) of the model or of the adapter")
     formats = "; ".join(f"{name}: {reader}" for name, reader in FORMATS.items())
     parser.add_argument("--format", required=True, choices=list(FORMATS), help=f"who reads it. {formats}")
-    parser.add_argument("--output_dir", required=True, help="new folder for the model and its tokenizer")
-    parser.add_argument("--base", help="folder or hub name of an adapter's base; default: what the adapter names")
+    add_writing_options(parser)
     parser.add_argument(
         "--mask_token_id", type=int, help="token at mask slots; default: what the model was trained with"
     )
-    parser.add_argument("--trust_remote_code", action="store_true", help="run Python code that the source brings along")
     arguments = parser.parse_args(argv)
 
     from hf_sft.exporting import export_wedlm

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-_PARALLEL = ("window", "entropy_threshold", "distance_penalty", "verify")
+from hf_sft.commands.options import add_decoding_options, decoding_options
+
 _ANSWER = {"role": "assistant", "content": "..."}  # the checks are those of training data, which ends in an answer
 
 
@@ -89,12 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--top_k", type=int, default=0)
     parser.add_argument("--seed", type=int, help="of the draws at a temperature above 0")
     parallel = parser.add_argument_group("models trained as WeDLM")
-    parallel.add_argument("--window", type=int, help="positions decoded together (16)")
-    parallel.add_argument("--entropy_threshold", type=float, help="nats below which a slot is filled (0.4)")
-    parallel.add_argument("--distance_penalty", type=float, help="nats per position from the first slot (0.02)")
-    parallel.add_argument(
-        "--verify", action="store_true", default=None, help="exactly the greedy autoregressive answer"
-    )
+    add_decoding_options(parallel)
     parallel.add_argument("--autoregressive", action="store_true", help="decode token by token")
     return parser
 
@@ -116,7 +112,7 @@ def _check(options: argparse.Namespace) -> None:
 
 def _named(options: argparse.Namespace) -> str:
     """The options of parallel decoding that were given."""
-    return ", ".join(name for name in _PARALLEL if getattr(options, name) is not None)
+    return ", ".join(decoding_options(options))
 
 
 def _read(path: Path, raw: bool) -> Iterator[Request]:
@@ -124,7 +120,7 @@ def _read(path: Path, raw: bool) -> Iterator[Request]:
     from hf_sft.data.formats import FormatError
 
     for record in read_records(path):
-        where = f"{path}, {record.unit} {record.number}"
+        where = record.where(path)
         if isinstance(record.value, BadRecord):
             raise ValueError(f"{where}: {record.value.reason}")
         try:
@@ -242,7 +238,7 @@ def _parallel(model: Any, options: argparse.Namespace) -> Callable[[list[list[in
     from hf_sft.generation import generate_wedlm
     from hf_sft.models.wrappers import base_model
 
-    named = {name: getattr(options, name) for name in _PARALLEL if getattr(options, name) is not None}
+    named = decoding_options(options)
     shared = {name: getattr(options, name) for name in ("max_new_tokens", "temperature", "top_p", "top_k")}
     generator = None
     if options.seed is not None:  # one for all batches: none repeats the draws of another

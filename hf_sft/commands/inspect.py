@@ -1,213 +1,178 @@
-"""``hf-sft inspect``: look at what a training does. Each mode is a word of its own, with its own ``--help``."""
+"""``hf-sft inspect``: look at what a training does. Without the name of a mode, at its data: what the model will see."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+import importlib
+import json
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-# The built-in example: prompts and answers, tokenised at spaces.
-EXAMPLE = [("Capital of France ?", "The capital is Paris . <end>"), ("Say hi !", "Hi ! <end>")]
-_EXAMPLE_BLOCK_SIZE, _EXAMPLE_SEED = 4, 4
-_MOST_TOKENS = 4000  # in both streams: the picture has the square of it in cells
+from hf_sft.commands.options import add_run_options, parse_data_run
+
+if TYPE_CHECKING:
+    from hf_sft.inspection import Inspection
+
+# Mode -> (the module of commands that has it, what it shows); each has its own --help.
+MODES = {"masks": ("masks", "who sees whom in a WeDLM batch, or the order in which an answer is decoded")}
+_STREAMED = 10_000  # records of a stream that are looked at
 
 
 def main(argv: Sequence[str]) -> int:
-    """Show what ``argv`` asks for; returns 0. Raises ValueError for everything that a user can put right."""
+    """Show what ``argv`` asks for; returns 0, or 1 where ``--strict`` finds an error in the data.
+
+    Raises ValueError for everything that a user can put right.
+    """
     words = list(argv)
     chosen = [mode for mode in MODES if f"--{mode}" in words]
-    if not chosen:
-        modes = "\n".join(f"  --{mode:<8} {text}" for mode, (text, _) in MODES.items())
-        print(f"usage: hf-sft inspect MODE [arguments]\n       hf-sft inspect MODE --help\n\nmodes:\n{modes}")
-        if {"-h", "--help"} & set(words):
-            return 0
-    if len(chosen) != 1:
-        given = " and ".join(f"--{mode}" for mode in chosen) or "no mode"
-        raise ValueError(f"hf-sft inspect was given {given}: give one of {', '.join(f'--{mode}' for mode in MODES)}")
-    words.remove(f"--{chosen[0]}")
-    return MODES[chosen[0]][1](words)
+    if len(chosen) > 1:
+        raise ValueError(f"hf-sft inspect was given {' and '.join(f'--{mode}' for mode in chosen)}: give one of them")
+    if chosen:
+        words.remove(f"--{chosen[0]}")
+        return importlib.import_module(f"hf_sft.commands.{MODES[chosen[0]][0]}").main(words)
+    if not words:
+        print(_parser().format_help())
+        raise ValueError("hf-sft inspect was told no data: name a run with --train_args_file, or --model and --file")
+    return data(words)
 
 
-# ---- masks ----
+def data(words: Sequence[str]) -> int:
+    """Show the data of a run as its model will see them; no GPU and no weights are needed."""
+    from hf_sft.commands.train import log_to_terminal
+
+    options, rest = _parser().parse_known_args(words)
+    if rest and not rest[0].startswith("-") and options.train_args_file is None:
+        options.train_args_file = rest.pop(0)  # as train takes it
+    _check(options)
+    arguments = parse_data_run(options, rest)
+    log_to_terminal(arguments.training)
+    inspection = _inspect(arguments, options)
+    _print(inspection, options)
+    if options.json is not None:
+        _write_json(options.json, inspection)
+    if options.html is not None:
+        from hf_sft.pages import inspection_page, write_page
+
+        print(f"Page: {write_page(options.html, inspection_page(inspection))}")
+    return int(options.strict and any(finding.severity == "error" for finding in inspection.findings))
 
 
-def masks(words: Sequence[str]) -> int:
-    """Draw the attention mask of documents, or the order in which an answer to a prompt is decoded."""
-    options, rest = _masks_parser().parse_known_args(words)
-    _check(options, rest)
-    if options.prompt is not None:
-        return _show_order(options)
-    from hf_sft.drawing import draw_masks, mask_panel, text_picture
-
-    collator, rows, name, what = _documents(options, rest) if _names_a_run(options) else _example(options)
-    tokens = sum(2 * len(row["input_ids"]) for row in rows)
-    if tokens > _MOST_TOKENS:
-        raise ValueError(
-            f"these documents have {tokens} tokens in two streams, more than {_MOST_TOKENS} that can be seen: name shorter ones "
-            "with --documents"
-        )
-    panels = [
-        mask_panel(replace(collator, elide=elide)([rows]), name, title)
-        for elide, title in ((False, "full"), (True, "elided"))
-    ]
-    if options.text:
-        print("\n\n".join(map(text_picture, panels)))
-    if options.output is not None:
-        title = f"WeDLM attention mask, blocks of {collator.rule.block_size} tokens{what}"
-        print(f"Picture: {draw_masks(panels, options.output, title)}")
-    return 0
-
-
-def _masks_parser() -> argparse.ArgumentParser:
+def _parser() -> argparse.ArgumentParser:
+    modes = "\n".join(f"  --{mode:<8} {text}" for mode, (_, text) in MODES.items())
     parser = argparse.ArgumentParser(
-        prog="hf-sft inspect --masks",
-        description="Draw who sees whom in a WeDLM batch, with the noise of the run: of a built-in example, of the documents of "
-        "a run (--train_args_file) or of a file (--model, --file). With --model and --prompt: the order in which a trained "
-        "model decodes its answer.",
-        epilog="Behind --train_args_file, or --model and --file, every argument of hf-sft train may follow, such as --seed.",
+        prog="hf-sft inspect",
+        description="Show what the model will see: figures, findings with what to do, and rows with what is learned of them.",
+        epilog="Every argument of hf-sft train may follow, such as --eval_file or --max_seq_length.\n\n"
+        f"other modes, each with its own --help:\n{modes}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
-    parser.add_argument("--train_args_file", "--config", help="JSON or YAML file of a run with objective wedlm")
-    parser.add_argument("--model", help="folder or hub name of a model")
-    parser.add_argument("--file", help="training data")
-    parser.add_argument("--documents", type=int, nargs="+", metavar="N", help="documents to draw, from 0; default: 0 1")
-    parser.add_argument("--epoch", type=int, help="epoch whose noise is drawn; default: 0")
-    parser.add_argument("--output", help="picture to write (.png, .svg, .pdf); default: masks.png, or order.png")
-    parser.add_argument("--overwrite", action="store_true", help="write over the picture")
-    parser.add_argument("--text", action="store_true", help="print the picture as text; drawn too if --output is given")
-    order = parser.add_argument_group("decoding order")
-    order.add_argument("--prompt", help="what the model answers")
-    order.add_argument("--raw", action="store_true", help="continue the prompt as it is, without a chat template")
-    order.add_argument("--verify", action="store_true", help="check each token by the greedy next-token choice")
-    order.add_argument("--max_new_tokens", type=int, default=128)
-    order.add_argument("--window", type=int, default=16, help="positions that are decoded together")
-    order.add_argument("--entropy_threshold", type=float, default=0.4, help="nats below which a slot is filled")
-    order.add_argument("--distance_penalty", type=float, default=0.02, help="nats per position from the first slot")
+    add_run_options(parser)
+    parser.add_argument("--samples", type=int, default=5, metavar="N", help="rows drawn at random; default: 5")
+    parser.add_argument("--split", choices=("train", "eval"), help="show one of the two")
+    parser.add_argument("--row", type=int, nargs="+", metavar="N", help="show these rows, from 0, and no others")
+    parser.add_argument("--tokens", action="store_true", help="a line for each token, with its id and label")
+    parser.add_argument("--full", action="store_true", help="long rows to their end")
+    parser.add_argument("--html", help="write a page to this file (.html)")
+    parser.add_argument("--json", help="write everything as JSON to this file (.json)")
+    parser.add_argument("--overwrite", action="store_true", help="write over these files")
+    parser.add_argument("--strict", action="store_true", help="end with status 1 if a finding is an error")
     return parser
 
 
-def _names_a_run(options: argparse.Namespace) -> bool:
-    return options.train_args_file is not None or options.file is not None
+def _check(options: argparse.Namespace) -> None:
+    """What can be seen to be wrong before anything is loaded."""
+    from hf_sft.drawing import check_new_file
+
+    if options.train_args_file is None and (options.model is None or options.file is None):
+        raise ValueError("name a run with --train_args_file, or a model and its data with --model and --file")
+    if options.samples < 0:
+        raise ValueError(f"--samples is {options.samples}: it must be 0 or more")
+    for name, suffixes in (("html", (".html", ".htm")), ("json", (".json",))):
+        if (path := getattr(options, name)) is not None:
+            check_new_file(name, path, suffixes, overwrite=options.overwrite)
 
 
-def _check(options: argparse.Namespace, rest: Sequence[str]) -> None:
-    """What fits together, and whether the picture can be written, before anything is loaded."""
-    if options.prompt is not None and _names_a_run(options):
-        raise ValueError(
-            "--prompt asks for a decoding order and --file or --train_args_file for a mask: leave out one of them"
-        )
-    if options.prompt is not None and options.model is None:
-        raise ValueError("--prompt needs a model to answer it: name one with --model")
-    if options.train_args_file is not None and (options.model or options.file):
-        raise ValueError("--train_args_file names its model and data: leave out --model and --file")
-    if options.prompt is None and (options.model is None) != (options.file is None):
-        raise ValueError("--model and --file go together for a mask; for a decoding order, --model and --prompt")
-    if rest and not _names_a_run(options):
-        raise ValueError(f"hf-sft inspect --masks has no argument {rest[0]}; --help lists them")
-    if options.output is None and not options.text:
-        options.output = "masks.png" if options.prompt is None else "order.png"
-    if options.output is not None:
-        from hf_sft.drawing import check_picture
+def _inspect(arguments: Any, options: argparse.Namespace) -> Inspection:
+    from hf_sft.inspection import inspect_data
+    from hf_sft.tasks import read_data_side
 
-        check_picture(options.output, overwrite=options.overwrite)
-
-
-def _example(options: argparse.Namespace) -> tuple[Any, list[dict[str, Any]], Callable[[int], str], str]:
-    """(collator, token rows, text of a token, what they are) of the built-in example."""
-    from hf_sft.collators import WeDLMCollator
-    from hf_sft.data.chat import IGNORE
-    from hf_sft.noise import MaskRule
-
-    if options.documents is not None:
-        raise ValueError("--documents chooses from a file: name it with --train_args_file, or --model and --file")
-    vocabulary = list(dict.fromkeys(word for pair in EXAMPLE for text in pair for word in text.split()))
-    rows = []
-    for prompt, answer in EXAMPLE:
-        asked, told = ([vocabulary.index(word) for word in text.split()] for text in (prompt, answer))
-        rows.append({"input_ids": asked + told, "labels": [IGNORE] * len(asked) + told, "epoch": options.epoch or 0})
-    collator = WeDLMCollator(len(vocabulary), MaskRule(_EXAMPLE_BLOCK_SIZE), seed=_EXAMPLE_SEED)
-    return collator, rows, lambda token: vocabulary[token], ""
-
-
-def _documents(
-    options: argparse.Namespace, rest: Sequence[str]
-) -> tuple[Any, list[dict[str, Any]], Callable[[int], str], str]:
-    """The same for documents of a run, as its training sees them."""
-    from hf_sft.data.bins import Bins
-    from hf_sft.data.pipeline import prepare_dataset
-    from hf_sft.data.templates import resolve_template
-    from hf_sft.drawing import token_text
-    from hf_sft.models.loading import load_tokenizer
-    from hf_sft.parsing import parse_args
-    from hf_sft.tasks import objective_of
-
-    words = ["--use_cpu"]  # the run's own settings may need a GPU, and a picture does not
-    if options.file is not None:
-        words += ["--objective", "wedlm", "--model_name_or_path", options.model, "--train_file", options.file]
-    else:
-        words += ["--train_args_file", options.train_args_file]
-    arguments = parse_args([*words, *rest])
-    if arguments.data.objective != "wedlm":
-        raise ValueError(f"objective is {arguments.data.objective}, and the masks are WeDLM's: add --objective wedlm")
-    tokenizer: Any = load_tokenizer(arguments.model)
-    if arguments.data.task_type != "pretrain":
-        tokenizer.chat_template = resolve_template(tokenizer, arguments.data.chat_template)
-    objective = objective_of(arguments, tokenizer)
-    rules = objective.row_rules(evaluation=False)
-    prepared = prepare_dataset(str(arguments.data.train_file), tokenizer, data=arguments.data, rules=rules)
-    bins = Bins(prepared.rows, None)
-    numbers = options.documents if options.documents is not None else list(range(min(2, len(bins))))
-    if wrong := [number for number in numbers if not 0 <= number < len(bins)]:
-        raise ValueError(f"--documents names {wrong[0]}, and there are documents 0 to {len(bins) - 1}")
-    epoch = options.epoch or 0
-    rows = [row for number in numbers for row in bins[epoch, number]]
-    collator = objective.collator(True, int(tokenizer.pad_token_id), evaluation=False)
-    named = f"document{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}, epoch {epoch}"
-    return collator, rows, lambda token: token_text(tokenizer.decode([token])), f" ({named})"
-
-
-# ---- the decoding order ----
-
-
-def _show_order(options: argparse.Namespace) -> int:
-    from hf_sft.drawing import draw_order, token_text
-    from hf_sft.generation import generate_wedlm
-    from hf_sft.models.inference import load_for_inference
-
-    model, tokenizer = load_for_inference(options.model)
-    decoded = generate_wedlm(
-        model,
-        [_prompt_ids(options, tokenizer)],
-        max_new_tokens=options.max_new_tokens,
-        window=options.window,
-        entropy_threshold=options.entropy_threshold,
-        distance_penalty=options.distance_penalty,
-        verify=options.verify,
+    notes = _settle(arguments.data)
+    asked = replace(arguments.data)
+    tokenizer, objective = read_data_side(arguments)
+    prepared = _prepare(arguments, tokenizer, objective)
+    if options.split is not None and options.split not in prepared:
+        raise ValueError(f"there are no {options.split} data: name {options.split}_file")
+    split = options.split or ("train" if options.row else None)
+    rows = {split: options.row} if split is not None and options.row else None
+    inspection = inspect_data(
+        prepared,
+        tokenizer,
+        capacity=asked.max_seq_length,
+        samples=options.samples,
+        seed=arguments.training.seed,
+        packing=asked.packing is not False,
+        data=asked,
+        rows=rows,
+        most_tokens=None if options.full else 400,
     )
-    order, forwards = decoded.order[0], decoded.forwards[0]
-    tokens = [token_text(str(tokenizer.decode([token]))) for token in decoded.sequences[0]]
-    kind = "Verified decoding order" if options.verify else "Decoding order"
-    title = f"{kind}: {len(tokens)} tokens in {forwards} forward passes, {len(tokens) / forwards:.1f} per pass"
-    if options.text:
-        print(title)
-        for number in sorted(set(order)):
-            filled = [f"{place}:{token}" for place, token in enumerate(tokens) if order[place] == number]
-            print(f"{number:4}  {'  '.join(filled)}")
-    if options.output is not None:
-        print(f"Picture: {draw_order(tokens, order, options.output, title)}")
-    return 0
+    shown = inspection if split is None else inspection.only(split)
+    return replace(shown, facts={**_settings(arguments), **notes, **shown.facts})
 
 
-def _prompt_ids(options: argparse.Namespace, tokenizer: Any) -> list[int]:
-    if options.raw:
-        return tokenizer(options.prompt)["input_ids"]
-    if not tokenizer.chat_template:
-        raise ValueError("the tokenizer has no chat template: add --raw to continue the prompt as it is")
-    turns = [{"role": "user", "content": options.prompt}]
-    text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+def _settle(data: Any) -> dict[str, str]:
+    """Have the data prepared before they are shown; returns what that changes."""
+    notes = {}
+    if data.streaming and data.max_train_samples is None:
+        data.max_train_samples = _STREAMED
+        notes["looked at"] = f"the first {_STREAMED:,} records of the stream (max_train_samples)"
+    data.streaming = data.lazy_preprocess = False
+    return notes
 
 
-MODES: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
-    "masks": ("who sees whom in a WeDLM batch, or the order in which an answer is decoded", masks),
-}
+def _prepare(arguments: Any, tokenizer: Any, objective: Any) -> Mapping[str, Any]:
+    """Token rows as training makes them; where training would stop at a record, those without it."""
+    from hf_sft.tasks import prepare_data
+
+    try:
+        return prepare_data(arguments, tokenizer, objective)
+    except ValueError:
+        data = arguments.data
+        if data.bad_records != "error" and data.overlength_rule != "error":
+            raise
+        data.bad_records = "skip"
+        if data.overlength_rule == "error":
+            data.overlength = "drop"
+        return prepare_data(arguments, tokenizer, objective)
+
+
+def _settings(arguments: Any) -> dict[str, str]:
+    model, data = arguments.model, arguments.data
+    facts = {
+        "model": model.tokenizer_name_or_path or model.model_name_or_path or model.config_name_or_path,
+        "task_type": data.task_type,
+        "objective": data.objective,
+        "train_on": data.train_on if data.task_type != "pretrain" else None,
+        "chat_template": str(data.chat_template) if data.chat_template and data.task_type != "pretrain" else None,
+    }
+    return {name: value for name, value in facts.items() if value}
+
+
+def _print(inspection: Inspection, options: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from hf_sft.terminal import show
+
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack letters that data have
+    show(inspection, Console(file=sys.stdout), tokens=options.tokens)
+
+
+def _write_json(path: str, inspection: Inspection) -> None:
+    from hf_sft.pages import write_page
+
+    text = json.dumps(inspection.to_dict(), ensure_ascii=False, indent=1)
+    print(f"JSON: {write_page(Path(path), text)}")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
+from hf_sft.commands.options import add_writing_options
+
 
 def main(argv: Sequence[str]) -> int:
     """Merge as ``argv`` says; returns 0. Raises ValueError for everything that a user can put right."""
@@ -12,14 +14,12 @@ def main(argv: Sequence[str]) -> int:
         prog="hf-sft merge", description="Write an adapter merged into its base as one model."
     )
     parser.add_argument("adapter", help="folder (or hub name) of the adapter")
-    parser.add_argument("--output_dir", required=True, help="new folder for the merged model and its tokenizer")
-    parser.add_argument("--base", help="folder or hub name of the base; default: what the adapter names")
+    add_writing_options(parser)
     parser.add_argument(
         "--dtype",
         choices=["float32", "bfloat16", "float16"],
         help="type of the written weights; default: the base's own",
     )
-    parser.add_argument("--trust_remote_code", action="store_true", help="run Python code that the base brings along")
     arguments = parser.parse_args(argv)
 
     from hf_sft.merging import merge_adapter

@@ -18,7 +18,7 @@ def main(argv: Sequence[str]) -> int:
     from hf_sft.parsing import parse_args
 
     arguments = parse_args(argv)
-    _log_to_terminal(arguments.training)
+    log_to_terminal(arguments.training)
     for note in arguments.notes:
         logger.warning(note)
     try:
@@ -32,29 +32,21 @@ def run(arguments: Any) -> int:
     from transformers import set_seed
 
     from hf_sft.checkpoints import check_output_dir, identity, resolve_resume, save_arguments, steps_of
-    from hf_sft.data.pipeline import prepare_dataset, write_data_report
-    from hf_sft.data.templates import resolve_template
+    from hf_sft.data.pipeline import write_data_report
     from hf_sft.models.adapters import summary
-    from hf_sft.models.loading import load_model, load_tokenizer
+    from hf_sft.models.loading import load_model
     from hf_sft.models.vocabulary import added_token_ids
-    from hf_sft.tasks import build_trainer, objective_of, packing_of
+    from hf_sft.tasks import build_trainer, packing_of, read_data_side, training_data
 
     record = _record(arguments)
-    training, data = arguments.training, arguments.data
+    training = arguments.training
     if training.process_index == 0:  # the others could meet what this one has begun to write
         check_output_dir(training.output_dir, identity(record), training.resume_from_checkpoint)
     checkpoint = resolve_resume(training.output_dir, training.resume_from_checkpoint)
     set_seed(training.seed)
 
-    tokenizer = load_tokenizer(arguments.model)
-    if data.task_type != "pretrain":
-        tokenizer.chat_template = resolve_template(tokenizer, data.chat_template)
-    objective = objective_of(arguments, tokenizer)
-    rules = objective.row_rules(evaluation=False)
-    prepared = {"train": prepare_dataset(data.train_file, tokenizer, data=data, split="train", rules=rules)}
-    if data.eval_file is not None:
-        rules = objective.row_rules(evaluation=True)
-        prepared["eval"] = prepare_dataset(data.eval_file, tokenizer, data=data, split="eval", rules=rules)
+    tokenizer, objective = read_data_side(arguments)
+    prepared = training_data(arguments, tokenizer, objective)
     read_only = [objective.mask_token_id] if objective.mask_token_id is not None else []
     model = load_model(arguments.model, arguments.lora, tokenizer=tokenizer, training=training, input_rows=read_only)
     logger.info(summary(model))
@@ -158,8 +150,7 @@ def _refuse_divergence(history: Iterable[Mapping[str, Any]]) -> None:
 
 def _record(arguments: Any) -> dict[str, Any]:
     """The given values, and what decides which rows each step sees."""
-    from hf_sft.data.cache import hash_files
-    from hf_sft.data.files import check_file
+    from hf_sft.data.pipeline import files_hash
 
     training = arguments.training
     groups = {
@@ -167,7 +158,7 @@ def _record(arguments: Any) -> dict[str, Any]:
         "data": asdict(arguments.data),
         "training": training.to_dict(),
         "run": {
-            "train_file_hash": hash_files([check_file(arguments.data.train_file)]),
+            "train_file_hash": files_hash(arguments.data.train_file),
             "global_batch_size": training.world_size
             * training.per_device_train_batch_size
             * training.gradient_accumulation_steps,
@@ -236,7 +227,7 @@ def _leave_process_group() -> None:
         dist.destroy_process_group()
 
 
-def _log_to_terminal(training: Any) -> None:
+def log_to_terminal(training: Any) -> None:
     """Our lines on the terminal, from one process per machine; warnings from all."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))

@@ -33,7 +33,9 @@ class Bins(Dataset):
     """
 
     def __init__(self, rows: Any, capacity: int | None) -> None:
-        self.rows = rows.with_format("arrow") if hasattr(rows, "with_format") else rows
+        self.rows = (
+            rows.select_columns(["input_ids", "labels"]).with_format("arrow") if hasattr(rows, "with_format") else rows
+        )
         self.lengths, self.largest_id = _measure(self.rows)
         self.bins = (
             [[i] for i in range(len(self.lengths))] if capacity is None else pack_documents(self.lengths, capacity)
@@ -125,8 +127,9 @@ class BinLoader(DataLoader):
     """A ``DataLoader`` over bins that hands the epoch on to its sampler."""
 
     def set_epoch(self, epoch: int) -> None:
-        """Called by the Trainer at the start of each epoch."""
-        self.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]
+        """Called by the Trainer at the start of each epoch; a stream knows its own."""
+        if self.batch_sampler is not None:
+            self.batch_sampler.set_epoch(epoch)  # type: ignore[attr-defined]
 
 
 def _measure(rows: Any) -> tuple[list[int], int]:

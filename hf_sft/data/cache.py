@@ -43,11 +43,14 @@ def is_local_main() -> bool:
     return int(os.environ.get("LOCAL_RANK") or 0) == 0
 
 
-def write_folder(folder: Path, write: Callable[[Path], None], *, replace: bool = False) -> None:
+def write_folder(
+    folder: Path, write: Callable[[Path], None], *, replace: bool = False, way_out: str = "Set data_cache_dir."
+) -> None:
     """Have ``write`` fill a temporary folder beside ``folder`` and rename it; on an error nothing is left.
 
     Args:
         replace: take the place of a folder that is there; else the one that is there first stays.
+        way_out: what to do if the place cannot be written to.
 
     Raises:
         ValueError: the place cannot be written to.
@@ -56,9 +59,7 @@ def write_folder(folder: Path, write: Callable[[Path], None], *, replace: bool =
     try:
         temporary.mkdir(parents=True)
     except OSError as error:
-        raise ValueError(
-            f"The data cache {folder.parent} cannot be written to ({error}). Set data_cache_dir."
-        ) from None
+        raise ValueError(f"The folder {folder.parent} cannot be written to ({error}). {way_out}") from None
     try:
         write(temporary)
         now = time.time()  # this machine's clock, also where a file server has another

@@ -1,4 +1,4 @@
-"""From a data file, or examples in memory, to token rows in Arrow."""
+"""From data files, or examples in memory, to token rows in Arrow."""
 
 from __future__ import annotations
 
@@ -6,12 +6,10 @@ import itertools
 import json
 import logging
 import os
-import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from importlib.metadata import version
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -23,112 +21,225 @@ from hf_sft.arguments import DataArguments
 from hf_sft.data.cache import (
     cache_key,
     default_cache_dir,
-    hash_files,
     is_local_main,
     process_start,
     wait_for_folder,
     write_folder,
 )
-from hf_sft.data.chat import ChatEncoder, EncodingError, TokenRow, fast_backend
-from hf_sft.data.files import BadRecord, Record, check_file, read_records
-from hf_sft.data.formats import Conversation, FormatError, check_template_kwargs, to_conversation
-from hf_sft.data.templates import resolve_template
-from hf_sft.data.texts import TextEncoder, read_texts, to_text
-from hf_sft.data.tokenize import Overlength, RowCounts, check_token_row, cut_tail, is_token_row
+from hf_sft.data.files import Record, content_hash, parts_of, read_records
+from hf_sft.data.prepared import (
+    Part,
+    PreparedData,
+    code_version,
+    identity,
+    is_marked,
+    is_prepared,
+    load_part,
+    load_prepared,
+    mark,
+    mix,
+    prepared_splits,
+    save_counts,
+)
+from hf_sft.data.rows import NO_RULES, SCHEMA, Chunk, Encoding, RowRules, encode_records
+from hf_sft.data.tokenize import RowCounts
+from hf_sft.sources import Source, read_sources
 
 logger = logging.getLogger(__name__)
 
-_CHUNK = 1000  # records in memory at once
-_SCHEMA = pa.schema([("input_ids", pa.list_(pa.int32())), ("labels", pa.list_(pa.int32()))])
-_PREPARED = "token rows prepared by hf_sft"
+_LARGE = 1 << 20  # bytes from which several processes tokenise faster than one
+_MOST_WORKERS = 8
 
 
-@dataclass(frozen=True)
-class RowRules:
-    """What an objective asks of token rows.
-
-    Args:
-        end_tail: end-of-turn tokens that are learned behind a conversation's last answer; see ``ChatEncoder``.
-        mask_token_id: no row may hold it.
-    """
-
-    end_tail: int = 0
-    mask_token_id: int | None = None
-
-    def apply(self, row: TokenRow | ValueError, max_length: int, *, encoded: bool) -> TokenRow | ValueError:
-        """The row as the objective wants it, or what is wrong with it; a tail never makes a row too long.
-
-        ``encoded``: the row was made here; one that came as token rows has no tail of ours.
-        """
-        if isinstance(row, ValueError):
-            return row
-        if self.mask_token_id in row["input_ids"]:
-            return EncodingError(
-                f"it holds the mask token {self.mask_token_id}; take it out of the text, or choose another mask_token"
-            )
-        return cut_tail(row, max_length, self.end_tail) if self.end_tail and encoded else row
-
-
-@dataclass(frozen=True)
-class PreparedData:
-    """Token rows and the account of how they came about.
-
-    Args:
-        rows: columns ``input_ids`` and ``labels``, lists of int32; memory-mapped if they come from a file.
-        report: counts; see ``RowCounts.report``.
-    """
-
-    rows: Dataset
-    report: dict[str, Any]
+# ---- files ----
 
 
 def prepare_dataset(
-    path: str | Path, tokenizer: Any, *, data: DataArguments, split: str = "train", rules: RowRules = RowRules()
+    files: Any,
+    tokenizer: Any,
+    *,
+    data: DataArguments,
+    split: str = "train",
+    rules: RowRules = NO_RULES,
+    seed: int = 0,
 ) -> PreparedData:
-    """Token rows of a data file, from the cache if nothing that they depend on has changed.
+    """Token rows of data files, from the cache if nothing that they depend on has changed.
 
-    The process with LOCAL_RANK 0 prepares, the others of the machine wait for its folder.
+    The process with LOCAL_RANK 0 prepares, the others of the machine wait for its folders. Each source has a folder of its own.
 
     Args:
-        path: JSON lines or a JSON array; under ``task_type: pretrain`` also a text file.
+        files: as ``DataArguments.train_file``: a path, an object with a path and settings, or a list of these; or the folder
+            of ``hf-sft prepare``.
         tokenizer: a fast tokenizer.
-        split: ``train`` or ``eval``: whether ``max_train_samples`` or ``max_eval_samples`` counts.
+        split: ``train`` or ``eval``: which records of a file that holds both, which share under ``eval_split``, and whether
+            ``max_train_samples`` or ``max_eval_samples`` counts.
         rules: what the objective asks of token rows.
+        seed: of the draws: template, ``eval_split``, weights.
 
     Raises:
-        ValueError: the file, a record (with ``bad_records: error``) or the template is wrong, or no row is left.
+        ValueError: a file, a record (with ``bad_records: error``) or a template is wrong, or no row is left.
     """
-    path = check_file(path)
-    encoder = _encoder(tokenizer, data, rules)
-    limit = data.max_train_samples if split == "train" else data.max_eval_samples
-    folder = Path(data.data_cache_dir or default_cache_dir()).expanduser() / _key(path, encoder, data, rules, limit)
+    sources = read_sources(files)
+    if found := [source.path for source in sources if is_prepared(source.path)]:
+        if len(sources) > 1:
+            raise ValueError(f"{found[0]} is a folder of hf-sft prepare and stands alone: prepare the mixture instead")
+        return load_prepared(found[0], split, tokenizer, Encoding.of(data, rules, sources[0], seed))
+    left = data.max_train_samples if split == "train" else data.max_eval_samples
+    parts = []
+    for source in sources:
+        if split == "eval" and data.eval_split is None and not _holds_eval(source, sources):
+            continue
+        limit = min((n for n in (source.limit, left) if n is not None), default=None)
+        reader = _Reader(source, sources, data, split, limit, seed)
+        parts.append(_prepare_source(reader, tokenizer, Encoding.of(data, rules, source, seed)))
+        if left is not None:
+            left -= parts[-1].counts.read
+            if left <= 0:
+                break
+    prepared = mix(parts, seed=seed)
+    _warn(prepared.report, data)
+    return PreparedData(prepared.rows, {"split": split, **prepared.report})
+
+
+def evaluation_files(data: DataArguments) -> Any:
+    """What evaluation reads: ``eval_file``; else the training files, if records are kept from them or they bring some."""
+    if data.eval_file is not None or data.train_file is None:
+        return data.eval_file
+    if data.eval_split is not None:
+        return data.train_file
+    for source in read_sources(data.train_file):
+        if "eval" in (
+            prepared_splits(source.path) if is_prepared(source.path) else parts_of(source.path, **source.place)
+        ):
+            return data.train_file
+    return None
+
+
+def files_hash(files: Any) -> str:
+    """Of everything that the named files hold, wherever they are, and of how they are mixed."""
+    sources = read_sources(files)
+    settings = [repr(replace(source, path="")) for source in sources]
+    return cache_key({"settings": settings, "contents": [content_hash(each.path, **each.place) for each in sources]})
+
+
+def _holds_eval(source: Source, sources: list[Source]) -> bool:
+    """Whether a source counts for evaluation: of training files those that bring evaluation records, else all."""
+    holders = [other for other in sources if _brings_eval(other)]
+    return not holders or source in holders
+
+
+def _brings_eval(source: Source) -> bool:
+    """Whether a source has evaluation records beside those for training."""
+    if is_prepared(source.path):
+        return "eval" in prepared_splits(source.path)
+    return "eval" in parts_of(source.path, **source.place)
+
+
+class _Reader:
+    """The records of one source for one split.
+
+    Args:
+        sources: all of the mixture, among which ``eval_split`` is shared out.
+        limit: use the first so many.
+    """
+
+    def __init__(
+        self, source: Source, sources: list[Source], data: DataArguments, split: str, limit: int | None, seed: int
+    ) -> None:
+        self.source, self.sources, self.data, self.split, self.limit, self.seed = (
+            source, sources, data, split, limit, seed,
+        )  # fmt: skip
+
+    def key(self) -> list[Any]:
+        """What the records depend on."""
+        source, data = self.source, self.data
+        files = [source] if data.eval_split is None else self.sources  # a number of records is shared out among all
+        hashes = [content_hash(each.path, **each.place) for each in files]
+        place = [self.sources.index(source), *source.place.values()]
+        return [hashes, place, self.split, data.eval_split, self.seed, self.limit]
+
+    def records(self) -> Iterator[Record]:
+        return itertools.islice(self._of_split(), self.limit)
+
+    def _read(self, source: Source) -> Iterator[Record]:
+        part = "train" if self.data.eval_split is not None else self.split
+        return read_records(source.path, part=part, texts=self.data.task_type == "pretrain", **source.place)
+
+    def _of_split(self) -> Iterator[Record]:
+        if self.data.eval_split is None:
+            return self._read(self.source)
+        held_out = self._held_out()
+        wanted = self.split == "eval"
+        return (record for n, record in enumerate(self._read(self.source)) if held_out[n] == wanted)
+
+    def _held_out(self) -> np.ndarray:
+        """[records] bool: whether each is kept for evaluation. Drawn over all sources together, from the seed."""
+        sizes = [sum(1 for _ in self._read(source)) for source in self.sources]
+        share = float(self.data.eval_split or 0)
+        count = round(share * sum(sizes)) if share < 1 else int(share)
+        if not 0 < count < sum(sizes):
+            raise ValueError(
+                f"eval_split is {share:g}, which keeps {count} of {sum(sizes)} records for evaluation: "
+                "both sides need at least one"
+            )
+        held_out = np.zeros(sum(sizes), bool)
+        held_out[np.random.default_rng([self.seed, 1]).permutation(len(held_out))[:count]] = True
+        start = sum(sizes[: self.sources.index(self.source)])
+        return held_out[start : start + sizes[self.sources.index(self.source)]]
+
+
+def _prepare_source(reader: _Reader, tokenizer: Any, encoding: Encoding) -> Part:
+    source, data = reader.source, reader.data
+    key = cache_key(
+        {
+            "records": reader.key(),
+            "identity": identity(tokenizer, encoding),
+            "encoding": repr(encoding),
+            "bad_records": data.bad_records,
+            "code": code_version(),
+        }
+    )
+    folder = Path(data.data_cache_dir or default_cache_dir()).expanduser() / key
 
     def write(target: Path) -> None:
-        counts = RowCounts(str(path))
-        records = tqdm(
-            itertools.islice(_read(path, data), limit), desc=f"tokenising {path.name}", unit=" rows", disable=None
-        )
-        with pa.OSFile(str(target / "rows.arrow"), "wb") as file, pa.ipc.new_stream(file, _SCHEMA) as writer:
-            for rows in _token_rows(records, counts, data, rules, tokenizer, lambda: encoder):
-                writer.write_batch(_batch(rows))
-        _refuse_nothing(counts)
-        (target / "report.json").write_text(json.dumps(counts.report(), ensure_ascii=False, indent=2), encoding="utf-8")
+        counts = RowCounts()
+        records = tqdm(reader.records(), desc=f"tokenising {Path(source.path).name}", unit=" rows", disable=None)
+        chunks = encode_records(records, tokenizer, encoding, source.path, _workers(source, data))
+        with pa.OSFile(str(target / "rows.arrow"), "wb") as file, pa.ipc.new_stream(file, SCHEMA) as writer:
+            for rows in _counted(chunks, counts, data.bad_records):
+                writer.write_batch(rows)
+        if counts.read or len(reader.sources) == 1:  # of a small source, eval_split may take all or nothing
+            _refuse_nothing(counts, source.path)
+        save_counts(target, counts)
 
     if not is_local_main():
         wait_for_folder(folder, written_since=process_start() if data.rebuild_cache else 0.0)
     elif data.rebuild_cache or not folder.is_dir():
         write_folder(folder, write, replace=data.rebuild_cache)
-    prepared = _load(folder)
-    return PreparedData(prepared.rows, {"split": split, **prepared.report})
+    return load_part(folder, source.path, source.weight)
 
 
-def rows_from_examples(examples: Any, tokenizer: Any, *, data: DataArguments, rules: RowRules = RowRules()) -> Dataset:
+def _workers(source: Source, data: DataArguments) -> int:
+    if data.preprocessing_num_workers is not None:
+        return data.preprocessing_num_workers
+    path = Path(source.path)
+    size = path.stat().st_size if path.is_file() else 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(_MOST_WORKERS, cores) if size >= _LARGE else 1
+
+
+# ---- memory ----
+
+
+def rows_from_examples(
+    examples: Any, tokenizer: Any, *, data: DataArguments, rules: RowRules = NO_RULES, seed: int = 0
+) -> Dataset:
     """Token rows of examples in memory; see :func:`prepare_examples`."""
-    return prepare_examples(examples, tokenizer, data=data, rules=rules).rows
+    return prepare_examples(examples, tokenizer, data=data, rules=rules, seed=seed).rows
 
 
 def prepare_examples(
-    examples: Any, tokenizer: Any, *, data: DataArguments, rules: RowRules = RowRules()
+    examples: Any, tokenizer: Any, *, data: DataArguments, rules: RowRules = NO_RULES, seed: int = 0
 ) -> PreparedData:
     """Token rows of a list or a ``datasets.Dataset``, without a cache.
 
@@ -138,13 +249,14 @@ def prepare_examples(
             ``data.overlength`` says in both cases.
         tokenizer: a fast tokenizer; not used for token rows.
         rules: what the objective asks of token rows; a tail is not added to those that are tokenised already.
+        seed: of the draw of a template, if there are several.
 
     Raises:
         ValueError: an example is wrong (with ``bad_records: error``), or no row is left.
     """
     if isinstance(examples, PreparedData):
         return examples
-    if isinstance(examples, Dataset) and examples.info.description == _PREPARED:
+    if is_marked(examples):
         return PreparedData(examples, {})
     if isinstance(examples, (str, Path)):
         raise ValueError(
@@ -154,154 +266,49 @@ def prepare_examples(
         raise ValueError(
             f"{type(examples).__name__} has no length; streams are not supported. Pass a list or a Dataset."
         )
-    counts = RowCounts("memory")
-    encoders: list[Encoder] = []
-
-    def encoder() -> Encoder:  # token rows need none, and perhaps have no template
-        if not encoders:
-            encoders.append(_encoder(tokenizer, data, rules))
-        return encoders[0]
-
+    counts = RowCounts()
     records = (Record(n, examples[n], "example") for n in range(len(examples)))
-    batches = [_batch(rows) for rows in _token_rows(records, counts, data, rules, tokenizer, encoder)]
-    _refuse_nothing(counts)
+    chunks = encode_records(records, tokenizer, Encoding.of(data, rules, seed=seed), "memory")
+    batches = list(_counted(chunks, counts, data.bad_records))
+    _refuse_nothing(counts, "memory")
     if left_out := counts.read - counts.kept:
-        logger.warning("%d of %d examples are left out: %s", left_out, counts.read, _reasons(counts))
-    return PreparedData(_dataset(pa.Table.from_batches(batches, _SCHEMA)), counts.report())
+        logger.warning("%d of %d examples are left out: %s", left_out, counts.read, reasons(counts))
+    rows = Dataset(InMemoryTable(pa.Table.from_batches(batches, SCHEMA)))
+    return PreparedData(mark(rows), counts.report())
 
 
-def write_data_report(
-    output_dir: str | Path, reports: dict[str, dict[str, Any]], packing: dict[str, Any] | None = None
-) -> Path:
-    """Write ``data_report.json``: the report of each split, and how full the bins are (:func:`packing_report`)."""
-    path = Path(output_dir) / "data_report.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    content = {**reports, **({"packing": packing} if packing else {})}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)
-    return path
+# ---- counting and refusing ----
 
 
-def packing_report(bins: int, capacity: int, tokens: int) -> dict[str, Any]:
-    """fill = tokens / (bins * capacity)."""
-    return {"bins": bins, "capacity": capacity, "tokens": tokens, "fill": tokens / (bins * capacity)}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-Encoder = ChatEncoder | TextEncoder
-
-
-def _encoder(tokenizer: Any, data: DataArguments, rules: RowRules) -> Encoder:
-    if tokenizer is None:
-        raise ValueError("conversations and texts need a tokenizer: pass it as processing_class, or give token rows")
-    if data.task_type == "pretrain":
-        return TextEncoder(tokenizer)
-    kwargs = data.chat_template_kwargs
-    if isinstance(kwargs, str):
-        try:
-            kwargs = json.loads(kwargs)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"chat_template_kwargs is no JSON ({error}): {kwargs!r}. Write a JSON object.") from None
-    template = resolve_template(tokenizer, data.chat_template)
-    return ChatEncoder(tokenizer, template, check_template_kwargs(kwargs), end_tail=rules.end_tail)
-
-
-def _read(path: Path, data: DataArguments) -> Iterator[Record]:
-    return read_texts(path) if data.task_type == "pretrain" else read_records(path)
-
-
-def _key(path: Path, encoder: Encoder, data: DataArguments, rules: RowRules, limit: int | None) -> str:
-    tokenizer = encoder.tokenizer
-    template = None
-    if isinstance(encoder, ChatEncoder):
-        template = [encoder.template, repr(encoder.template_kwargs), data.train_on]
-    return cache_key(
-        {
-            "data": hash_files([path]),
-            "name": str(path.resolve()),  # the report names the file
-            "code": hash_files(sorted(Path(__file__).parent.glob("*.py"))),
-            "versions": [version(name) for name in ("transformers", "tokenizers", "jinja2", "pyarrow")],
-            "tokenizer": [
-                fast_backend(tokenizer).to_str(),
-                repr(tokenizer.special_tokens_map),
-                encoder.forbidden.pattern,
-            ],
-            "template": template,
-            "arguments": [data.task_type, data.max_seq_length, data.overlength_rule, data.bad_records, limit],
-            "rules": repr(rules),
-        }
-    )
-
-
-def _token_rows(
-    records: Iterable[Record],
-    counts: RowCounts,
-    data: DataArguments,
-    rules: RowRules,
-    tokenizer: Any,
-    encoder: Callable[[], Encoder],
-) -> Iterator[list[TokenRow]]:
-    """The rows that are kept, chunk by chunk.
+def _counted(chunks: Iterable[Chunk], counts: RowCounts, bad_records: str) -> Iterator[pa.RecordBatch]:
+    """The rows of the chunks, and in ``counts`` what became of all records.
 
     Raises:
-        ValueError: bad records in a chunk, with ``bad_records: error``.
+        ValueError: bad records in a chunk, with ``bad_records: error``; documents that are too long, with ``overlength: error``.
     """
-    vocabulary = len(tokenizer) if tokenizer is not None else None
-    records = iter(records)
-    while chunk := list(itertools.islice(records, _CHUNK)):
-        counts.read += len(chunk)
-        kept: list[TokenRow] = []
-        too_long: list[str] = []
-        results = _encode_chunk(chunk, encoder, data, vocabulary)
-        for record, result in zip(chunk, results, strict=True):
-            place = f"{counts.source}, {record.unit} {record.number}"
-            row = rules.apply(result, data.max_seq_length, encoded=not is_token_row(record.value))
-            if isinstance(row, ValueError):
-                counts.add_bad(place, str(row))
-                continue
-            try:
-                kept += counts.fit(row, data.max_seq_length, cast(Overlength, data.overlength_rule))
-            except EncodingError as error:
-                too_long.append(f"{place}: {error}")
-        if too_long:
-            raise ValueError(_problems("documents are too long", too_long, len(too_long), counts.read))
-        if counts.bad and data.bad_records == "error":
-            problem = _problems("records cannot be used", counts.bad_examples, counts.bad.total(), counts.read)
-            raise ValueError(
-                f"{problem}\nMend them, or set bad_records to skip, which leaves them out and counts them."
-            )
-        if kept:
-            yield kept
+    hashes = []
+    for chunk in chunks:
+        counts.add(chunk.counts)
+        refuse(chunk, counts, bad_records)
+        hashes.append(chunk.hashes)
+        if len(chunk.hashes):
+            yield chunk.rows
+    if hashes:
+        known = np.concatenate(hashes)
+        counts.duplicates = len(known) - len(np.unique(known))
 
 
-def _encode_chunk(
-    chunk: list[Record], encoder: Callable[[], Encoder], data: DataArguments, vocabulary: int | None
-) -> list[TokenRow | ValueError]:
-    """The token row of each record, or what is wrong with it."""
-    parsed = [_parse(record, data, vocabulary) for record in chunk]
-    wanted = [value for value in parsed if isinstance(value, (Conversation, str))]
-    if not wanted:
-        encoded: Iterator[Any] = iter([])
-    elif isinstance(known := encoder(), TextEncoder):
-        encoded = iter(known.encode(cast(list[str], wanted)))
-    else:
-        encoded = iter(known.encode(cast(list[Conversation], wanted), train_on=data.train_on))
-    return [next(encoded) if isinstance(value, (Conversation, str)) else value for value in parsed]
+def refuse(chunk: Chunk, counts: RowCounts, bad_records: str) -> None:
+    """Raise ValueError for a chunk whose records must not be left out.
 
-
-def _parse(record: Record, data: DataArguments, vocabulary: int | None) -> Conversation | str | TokenRow | ValueError:
-    value = record.value
-    try:
-        if isinstance(value, BadRecord):
-            return FormatError(value.reason)
-        if is_token_row(value):
-            return check_token_row(value, vocabulary)
-        return to_text(value) if data.task_type == "pretrain" else to_conversation(value)
-    except (FormatError, EncodingError) as error:
-        return error
+    Args:
+        counts: of all records so far, this chunk's among them.
+    """
+    if chunk.too_long:
+        raise ValueError(_problems("documents are too long", chunk.too_long, len(chunk.too_long), counts.read))
+    if counts.bad and bad_records == "error":
+        problem = _problems("records cannot be used", counts.bad_examples, counts.bad.total(), counts.read)
+        raise ValueError(f"{problem}\nMend them, or set bad_records to skip, which leaves them out and counts them.")
 
 
 def _problems(what: str, examples: list[str], count: int, read: int) -> str:
@@ -320,48 +327,47 @@ def _problems(what: str, examples: list[str], count: int, read: int) -> str:
     return "\n  ".join([f"{count} of the first {read} {what}:", *lines, *more])
 
 
-def _reasons(counts: RowCounts) -> str:
+def reasons(counts: RowCounts) -> str:
+    """Why records are left out, with their numbers."""
     found = {"too long (overlength)": counts.overlength, "no supervised token": counts.unsupervised, **counts.bad}
     return ", ".join(f"{number} {reason}" for reason, number in found.items() if number) or "none"
 
 
-def _refuse_nothing(counts: RowCounts) -> None:
+def _refuse_nothing(counts: RowCounts, name: str) -> None:
     if not counts.kept:
         raise ValueError(
-            f"{counts.source}: of {counts.read} records none is left to train on ({_reasons(counts)}). "
+            f"{name}: of {counts.read} records none is left to train on ({reasons(counts)}). "
             "Raise max_seq_length, set overlength to truncate, or mend the data."
             + "".join(f"\n  {e}" for e in counts.bad_examples)
         )
 
 
-def _batch(rows: list[TokenRow]) -> pa.RecordBatch:
-    offsets = pa.array(np.cumsum([0, *(len(row["input_ids"]) for row in rows)]), pa.int32())
-    columns = []
-    for name in ("input_ids", "labels"):
-        lists = (row[name] for row in rows)  # type: ignore[literal-required]
-        flat = np.fromiter(itertools.chain.from_iterable(lists), np.int32, offsets[-1].as_py())
-        columns.append(pa.ListArray.from_arrays(offsets, pa.array(flat)))
-    return pa.RecordBatch.from_arrays(columns, schema=_SCHEMA)
+def _warn(report: dict[str, Any], data: DataArguments) -> None:
+    pairs = report["formats"].get("preference", 0)
+    if pairs and data.data_format == "auto":
+        logger.warning(
+            "%d records are preference pairs: task_type sft learns the chosen answers and never sees the rejected ones "
+            "(data_format: preference says that this is meant)",
+            pairs,
+        )
 
 
-def _dataset(table: pa.Table) -> Dataset:
-    rows = Dataset(InMemoryTable(table))
-    rows.info.description = _PREPARED
-    return rows
+# ---- reports ----
 
 
-def _load(folder: Path) -> PreparedData:
-    damage: Exception | None = None
-    for _ in range(20):
-        try:
-            report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-            rows = Dataset.from_file(str(folder / "rows.arrow"))
-            rows.info.description = _PREPARED
-            return PreparedData(rows, report)
-        except FileNotFoundError as error:  # another process may be replacing the folder at this moment
-            damage = error
-            time.sleep(0.1)
-        except (OSError, pa.ArrowInvalid, ValueError) as error:
-            damage = error
-            break
-    raise ValueError(f"The cached data in {folder} is damaged ({damage}). Set rebuild_cache: true.")
+def write_data_report(
+    output_dir: str | Path, reports: dict[str, dict[str, Any]], packing: dict[str, Any] | None = None
+) -> Path:
+    """Write ``data_report.json``: the report of each split, and how full the bins are (:func:`packing_report`)."""
+    path = Path(output_dir) / "data_report.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {**reports, **({"packing": packing} if packing else {})}
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    temporary.replace(path)
+    return path
+
+
+def packing_report(bins: int, capacity: int, tokens: int) -> dict[str, Any]:
+    """fill = tokens / (bins * capacity)."""
+    return {"bins": bins, "capacity": capacity, "tokens": tokens, "fill": tokens / (bins * capacity)}

@@ -8,43 +8,51 @@ known in the render, and nothing was searched for in user text.
     prompt     <|im_start|>user\\n(0)<|im_end|>\\n<|im_start|>assistant\\n
     span                                                              (1)<|im_end|>
 
-The prompt is the skeleton of the turns before, with generation prompt: where it ends, the model starts to write.
+A skeleton depends on the shape of the conversation alone; it is kept, so that a conversation costs one render.
 
-Whitespace around a text and tags that the template knows (``</think>``) stay in the skeleton, so what the template
-strips or splits off is seen there too. A skeleton depends on the shape of the conversation alone; it is kept.
+Where the template has ``{% generation %}`` tags that mark each of the assistant's turns once, the spans come from them. A tag
+may begin before the generation prompt ends (at ``<think>``, say, which the prompt opens already): the span begins where the
+prompt ends all the same, since the model is not asked for what the prompt holds. What lies between the prompt and a tag that
+begins later (an empty think block) is not learned: the author left it out. The end-of-turn token is the last one in the tag;
+many authors put it behind the tag instead, and then it is the one that follows.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Sequence
+import datetime
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
-from hf_sft.data.formats import REASONING_KEYS
+from hf_sft.data.borders import End, find_end, find_start, misfit
+from hf_sft.data.generation_tags import regions_in_text, regions_of_turns
+from hf_sft.data.skeletons import (
+    EncodingError,
+    Markers,
+    Masked,
+    Messages,
+    Render,
+    Skeleton,
+    TemplateRefusal,
+    sentinels_in,
+    shared_length,
+    template_tags,
+    without_sentinels,
+)
 
-# Private-use characters: no template or tokenizer gives them a meaning, and no strip() removes them.
-_SENTINEL = "\ue0f0{}\ue0f1"
-_SLOT = re.compile("\ue0f0(\\d+)\ue0f1")
-_TEXT_KEYS = ("content", *REASONING_KEYS)
+__all__ = [
+    "EncodingError",
+    "Found",
+    "Markers",
+    "Rendering",
+    "Span",
+    "SpanFinder",
+    "TemplateRefusal",
+    "template_tags",
+    "without_sentinels",
+]
+
 _MOST_SHAPES = 4096
-
-Messages = list[dict[str, Any]]
-# (messages, add_generation_prompt) -> text
-Render = Callable[[Messages, bool], str]
-
-
-class EncodingError(ValueError):
-    """A conversation whose supervised tokens are not certain; it must be left out or mended."""
-
-
-def without_sentinels(text: str) -> str:
-    """A message for users, which may quote a skeleton."""
-    return _SLOT.sub("...", text)
-
-
-class TemplateRefusal(EncodingError):
-    """A chat template that raises an error for a conversation."""
 
 
 @dataclass(frozen=True)
@@ -56,154 +64,163 @@ class Span:
     end_token: str
 
 
-@dataclass(frozen=True)
-class Markers:
-    """What has a meaning in rendered text.
+class Found(NamedTuple):
+    """The spans of a conversation.
 
     Args:
-        special: the special tokens, one of which ends a turn.
-        border: where a prompt may end: behind a special or added token, or whitespace.
-        tags: tags that the template's code knows, as one group; None if there are none.
+        behind: what the template writes behind the render up to the last end-of-turn token, where it writes that with the next
+            message only (``<|user|>``); else empty.
     """
 
-    special: re.Pattern[str]
-    border: re.Pattern[str]
-    tags: re.Pattern[str] | None
+    spans: list[Span]
+    behind: str
 
 
 @dataclass(frozen=True)
-class _Slot:
-    message: int
-    answer: bool = False  # the content, or what follows the last tag in it: must be written
-    name: bool = False  # the name of a tool call: may be written again with the tool's result
+class Rendering:
+    """The two ways in which a conversation is rendered.
+
+    Args:
+        plain: (messages, with generation prompt) -> text.
+        marked: messages -> text with marks where the template has tags; None if it has none.
+    """
+
+    plain: Render
+    marked: Callable[[Messages], str] | None = None
+
+
+class _Border(NamedTuple):
+    """A turn's borders from the view of its tagged region.
+
+    Args:
+        before: what lies in the region before the span.
+        ending: what lies from the region's end on, or from the end-of-turn token on if that is further left, up to that
+            token's end.
+        place: where ``ending`` begins; 0 is the region's end.
+        token: the end-of-turn token.
+    """
+
+    before: str
+    ending: str
+    place: int
+    token: str
 
 
 @dataclass(frozen=True)
-class _Skeleton:
+class _Shape:
+    """All that is known of conversations of one shape."""
+
     literals: list[str]  # the fixed pieces
     slots: list[int]  # the texts between them: one less
     spans: list[tuple[tuple[int, int], tuple[int, int], str]]  # start, end as (literal, offset); the end token
+    behind: str
+    tagged: dict[int, _Border]  # turn -> its borders; empty where tags were not used
 
     def fill(self, texts: list[str]) -> tuple[str, list[Span]]:
         """The render of a conversation of this shape with these texts, and its spans."""
-        parts, begins, position = [], [], 0
+        parts: list[str] = []
+        begins, position = [], 0
         for literal, slot in zip(self.literals, self.slots, strict=False):
-            parts += [literal, texts[slot]]
+            text = texts[slot]
+            parts += (literal, text)
             begins.append(position)
-            position += len(literal) + len(texts[slot])
+            position += len(literal) + len(text)
         begins.append(position)
         spans = [Span(begins[a] + i, begins[b] + j, token) for (a, i), (b, j), token in self.spans]
         return "".join(parts) + self.literals[-1], spans
 
 
-def template_tags(template: str) -> re.Pattern[str] | None:
-    """The tags that a template mentions, ``<think>`` or ``[/THINK]``: it may cut texts at them."""
-    tags = sorted(set(re.findall(r"</?[\w:.-]+>|\[/?[A-Z_]+\]", template)), key=lambda tag: (-len(tag), tag))
-    return re.compile("(" + "|".join(map(re.escape, tags)) + ")") if tags else None
-
-
 class SpanFinder:
-    """Finds the spans of conversations; keeps the skeletons of the shapes it has seen.
+    """Finds the spans of conversations; keeps what it knows of the shapes it has seen.
 
     Args:
         markers: see :class:`Markers`.
+        volatile: the template writes the time, so that a shape can grow old.
     """
 
-    def __init__(self, markers: Markers) -> None:
-        self.markers = markers
-        self._skeletons: dict[str, _Skeleton | EncodingError] = {}
+    def __init__(self, markers: Markers, *, volatile: bool = False) -> None:
+        self.markers, self.volatile = markers, volatile
+        self._shapes: dict[str, _Shape | EncodingError] = {}
 
-    def find(self, render: Render, text: str, messages: Messages, turns: tuple[int, ...], context: str) -> list[Span]:
+    def find(self, rendering: Rendering, text: str, messages: Messages, turns: tuple[int, ...], context: str) -> Found:
         """The spans of the assistant's ``turns`` (indices of messages) in ``text``, the render of ``messages``.
 
         Args:
-            render: renders messages of this conversation.
+            rendering: renders messages of this conversation.
             context: all that a render depends on beside the messages, as text.
 
         Raises:
             EncodingError: a span is not certain.
         """
-        if _SLOT.search(text):
-            raise EncodingError("a text holds the private-use characters U+E0F0 and U+E0F1; remove them")
-        masked, texts, slots = self._mask(messages, everything=True)
-        key = f"{turns} {context} {masked}"
-        skeleton = self._skeletons.get(key)
-        if skeleton is None:
-            try:
-                skeleton = _build(render, masked, slots, turns, self.markers, whole_prompts=False)
-            except EncodingError as error:
-                skeleton = error
-            if len(self._skeletons) >= _MOST_SHAPES:
-                self._skeletons.clear()
-            self._skeletons[key] = skeleton
-        if isinstance(skeleton, _Skeleton):
-            filled, spans = skeleton.fill(texts)
-            if filled == text:
-                return spans
-        elif not isinstance(skeleton, TemplateRefusal):
-            raise EncodingError(str(skeleton))
+        shape: _Shape | EncodingError | None = None
+        for empties in (True, False):  # a template may treat blank messages in a way of its own
+            masked = Masked.of(messages, self.markers.tags, everything=True, empties=empties)
+            shape = self._shape(rendering, masked, turns, context)
+            if isinstance(shape, _Shape):
+                filled, spans = shape.fill(masked.texts)
+                if filled == text:
+                    return Found(spans, shape.behind)
+            if not masked.empties:
+                break
+        if isinstance(shape, _Shape):
+            if tagged := self._by_tags(shape, rendering, text, messages, turns):
+                return Found(tagged, "")
+        elif not isinstance(shape, TemplateRefusal):
+            raise EncodingError(str(shape))
         # The template's code depends on a text: it quotes it as JSON, say. Only the assistant's must be replaced.
-        masked, texts, slots = self._mask(messages, everything=False)
-        filled, spans = _build(render, masked, slots, turns, self.markers, whole_prompts=True).fill(texts)
+        masked = Masked.of(messages, self.markers.tags, everything=False)
+        shape = _build(rendering, masked, turns, self.markers, whole_prompts=True)
+        filled, spans = shape.fill(masked.texts)
         if filled != text:
-            at = _shared(filled, text)
+            at = shared_length(filled, text)
             raise EncodingError(
                 f"the chat template changes the text of an assistant turn (...{text[max(0, at - 20) : at + 20]!r}...), "
                 "so what the model writes is not certain; mend the text, use another chat_template, or train_on: all"
             )
+        return Found(spans, shape.behind)
+
+    def _shape(
+        self, rendering: Rendering, masked: Masked, turns: tuple[int, ...], context: str
+    ) -> _Shape | EncodingError:
+        """What is known of the conversation's shape, or why it is refused."""
+        now = datetime.datetime.now().isoformat(timespec="minutes") if self.volatile else ""
+        key = f"{turns} {context} {now} {masked.messages}"
+        shape = self._shapes.get(key)
+        if shape is None:
+            try:
+                shape = _build(rendering, masked, turns, self.markers, whole_prompts=False)
+            except EncodingError as error:
+                shape = error.with_traceback(None)  # it would keep the frames
+            if len(self._shapes) >= _MOST_SHAPES:
+                self._shapes.clear()
+            self._shapes[key] = shape
+        return shape
+
+    def _by_tags(
+        self, shape: _Shape, rendering: Rendering, text: str, messages: Messages, turns: tuple[int, ...]
+    ) -> list[Span] | None:
+        """The spans from the tags in the text itself, for templates that change texts; the shape says that they mark turns, and
+        how the borders of a span lie in its region."""
+        if rendering.marked is None or not shape.tagged or shape.behind:
+            return None
+        regions = regions_in_text(text, rendering.marked(messages), messages)
+        if regions is None:
+            return None
+        of_turn = dict(zip(shape.tagged, regions, strict=True))
+        spans = []
+        for turn in turns:
+            border, (start, end) = shape.tagged[turn], of_turn[turn]
+            ending = end + border.place
+            if not text.startswith(border.before, start) or not text.startswith(border.ending, ending):
+                return None
+            at = ending + len(border.ending) - len(border.token)
+            spans.append(Span(start + len(border.before), at, border.token))
         return spans
-
-    def _mask(self, messages: Messages, everything: bool) -> tuple[Messages, list[str], list[_Slot]]:
-        """Messages with sentinels in place of texts, the texts, and where each belongs."""
-        texts: list[str] = []
-        slots: list[_Slot] = []
-        masked = []
-        for index, message in enumerate(messages):
-            if everything or message["role"] == "assistant":
-                message = dict(message)
-                for key in _TEXT_KEYS:
-                    if isinstance(message.get(key), str):
-                        message[key] = self._mask_text(message[key], texts)
-                        slots += [_Slot(index)] * (len(texts) - len(slots))
-                        if key == "content" and slots and slots[-1].message == index:
-                            slots[-1] = _Slot(index, answer=True)
-            if everything and message.get("tool_calls"):
-                message["tool_calls"] = [_mask_name(call, texts) for call in message["tool_calls"]]
-                slots += [_Slot(index, name=True)] * (len(texts) - len(slots))
-            masked.append(message)
-        return masked, texts, slots
-
-    def _mask_text(self, text: str, texts: list[str]) -> str:
-        parts = self.markers.tags.split(text) if self.markers.tags else [text]
-        for n in range(0, len(parts), 2):  # the odd ones are tags
-            core = parts[n].strip()
-            if core:
-                begin = parts[n].index(core)
-                sentinel = _SENTINEL.format(len(texts))
-                parts[n] = parts[n][:begin] + sentinel + parts[n][begin + len(core) :]
-                texts.append(core)
-        return "".join(parts)
-
-
-def _mask_name(call: dict[str, Any], texts: list[str]) -> dict[str, Any]:
-    """The tool call with a sentinel for its name: templates write the turn's text before it in several ways."""
-    function = call.get("function")
-    if isinstance(function, dict):
-        return {**call, "function": _mask_name(function, texts)}
-    if not isinstance(call.get("name"), str):
-        return call
-    texts.append(call["name"])
-    return {**call, "name": _SENTINEL.format(len(texts) - 1)}
 
 
 def _build(
-    render: Render,
-    masked: Messages,
-    slots: Sequence[_Slot],
-    turns: tuple[int, ...],
-    markers: Markers,
-    whole_prompts: bool,
-) -> _Skeleton:
+    rendering: Rendering, masked: Masked, turns: tuple[int, ...], markers: Markers, whole_prompts: bool
+) -> _Shape:
     """Render the skeleton and find the spans in it.
 
     Args:
@@ -213,158 +230,43 @@ def _build(
     Raises:
         EncodingError: a span is not certain.
     """
-    full = render(masked, False)
-    pieces = _SLOT.split(full)
-    literals, numbers = pieces[0::2], [int(number) for number in pieces[1::2]]
-    begins, position = [], 0  # of each literal, in the skeleton
-    for literal, number in zip(literals, [*numbers, 0], strict=True):
-        begins.append(position)
-        position += len(literal) + len(_SENTINEL.format(number))
-
-    def place(at: int) -> tuple[int, int]:
-        for n in reversed(range(len(begins))):
-            if begins[n] <= at <= begins[n] + len(literals[n]):
-                return n, at - begins[n]
-        raise AssertionError("a border lies inside a sentinel")
-
-    spans, reached = [], 0
+    skeleton = Skeleton(rendering.plain(masked.messages, False), masked)
+    regions = regions_of_turns(skeleton, rendering.marked(masked.messages)) if rendering.marked else {}
+    spans, reached, behind = [], 0, ""
+    borders: dict[int, _Border] = {}
     for turn in turns:
-        own = [n for n, slot in enumerate(slots) if slot.message == turn]
-        _check_slots(full, own, slots, turn)
-        start, whole = _find_start(render, full, masked, turn, own, markers)
-        if whole_prompts and not whole:
-            raise _misfit(turn)
-        end, token = _find_end(render, full, masked, turn, own, start, markers)
-        inside = {int(n) for n in _SLOT.findall(full, start, end)}
-        if start < reached or inside != {n for n in own if _SENTINEL.format(n) in full}:
-            raise EncodingError(f"the chat template mixes the assistant's message {turn} with another message")
-        _check_tool_calls(full[start:end], masked[turn], turn)
-        spans.append((place(start), place(end), token))
-        reached = end + len(token)
-    return _Skeleton(literals, numbers, spans)
+        skeleton.check(turn)
+        region = regions.get(turn)
+        try:
+            start, whole = find_start(rendering.plain, skeleton, turn, markers)
+            if whole_prompts and not whole:
+                raise misfit(turn)
+        except EncodingError:
+            if region is None:
+                raise
+            start = region[0]
+        if region and not region[0] <= start <= min(region[1], skeleton.first_own(turn)):
+            start = region[0]  # the prompt ends before the region, or fits elsewhere
+        end = find_end(rendering.plain, skeleton, turn, start, markers, region)
+        _check_span(skeleton, masked, turn, start, end, reached)
+        spans.append((skeleton.locate(start), skeleton.locate(end.at), end.token))
+        reached, behind = end.at + len(end.token), end.behind
+        if region is not None:
+            place = min(0, end.at - region[1])
+            ending = skeleton.text[region[1] + place : reached]
+            borders[turn] = _Border(skeleton.text[region[0] : start], ending, place, end.token)
+    tagged = {turn: borders.get(turn, _Border("", "", 0, "")) for turn in regions}
+    return _Shape(skeleton.literals, skeleton.numbers, spans, behind, tagged)
 
 
-def _check_slots(full: str, own: list[int], slots: Sequence[_Slot], turn: int) -> None:
-    for n in own:
-        count = full.count(_SENTINEL.format(n))
-        if count > 1 and not slots[n].name:
-            raise EncodingError(
-                f"the chat template writes a text of message {turn} {count} times; which one is learned is unclear"
-            )
-        if not count and slots[n].answer:
-            raise EncodingError(
-                f"the chat template leaves out the content of the assistant's message {turn}; mend the message, or "
-                "mark it with train: false"
-            )
-
-
-def _check_tool_calls(written: str, message: dict[str, Any], turn: int) -> None:
-    for call in message.get("tool_calls") or []:
+def _check_span(skeleton: Skeleton, masked: Masked, turn: int, start: int, end: End, reached: int) -> None:
+    """Raise EncodingError if the span holds another message's text, or not all that the assistant has written."""
+    written = skeleton.text[start : end.at]
+    if start < reached or sentinels_in(skeleton.text, start, end.at) != set(skeleton.own(turn)):
+        raise EncodingError(f"the chat template mixes the assistant's message {turn} with another message")
+    for call in masked.messages[turn].get("tool_calls") or []:
         name = (call.get("function") or call).get("name") if isinstance(call.get("function") or call, dict) else None
         if not name or str(name) not in written:
             raise EncodingError(
                 f"the chat template does not write a tool call of message {turn}; use a chat_template that knows tools"
             )
-
-
-def _shared(one: str, other: str) -> int:
-    """Length of the common beginning."""
-    return next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
-
-
-def _anchors(one: str, other: str, before: int) -> tuple[int, int]:
-    """Ends of the last sentinel that both texts hold once, in ``one`` before ``before``; (0, 0) if there is none."""
-    for match in reversed(list(_SLOT.finditer(one, 0, before))):
-        if one.count(match[0]) == 1 and other.count(match[0]) == 1:
-            return match.end(), other.index(match[0]) + len(match[0])
-    return 0, 0
-
-
-def _last_border(text: str, limit: int, markers: Markers) -> int:
-    """The last position up to ``limit`` where a prompt may end."""
-    return max((match.end() for match in markers.border.finditer(text) if match.end() <= limit), default=0)
-
-
-def _find_start(
-    render: Render, full: str, masked: Messages, turn: int, own: list[int], markers: Markers
-) -> tuple[int, bool]:
-    """Where the model starts to write: the generation prompt's end, as far as the turn begins with that prompt.
-
-    Returns:
-        The position, and whether the turn begins with the whole prompt.
-    """
-    try:
-        prompt = render(masked[:turn], True)
-    except TemplateRefusal:
-        if turn:
-            raise
-        raise EncodingError(
-            "the conversation begins with the assistant, and the chat template cannot write a prompt without messages, so "
-            "where the model starts to write is not certain; begin with a user or system message, or mark message 0 with "
-            "train: false"
-        ) from None
-    after_prompt, after_full = _anchors(prompt, full, len(prompt))
-    first_own = min((full.index(s) for s in map(_SENTINEL.format, own) if s in full), default=len(full))
-    if first_own < after_full:
-        raise EncodingError(f"the chat template writes message {turn} before the messages that precede it")
-    tail = prompt[after_prompt:]
-    shared = _shared(tail, full[after_full:first_own])
-    if shared == len(tail):
-        return after_full + shared, True
-    # The turn is written otherwise than the prompt announces it (a history without its empty think block, say). What
-    # follows the last common border is not in the prompt; the message before must be closed by then.
-    if after_full + shared < first_own or first_own == len(full):
-        shared = _last_border(tail, shared, markers)
-    closed = render(masked[:turn], False)
-    after_closed, after = _anchors(closed, full, len(closed))
-    needed = _last_border(full[after:first_own], _shared(full[after:first_own], closed[after_closed:]), markers)
-    if after != after_full or shared < needed:
-        raise _misfit(turn)
-    return after_full + shared, False
-
-
-def _misfit(turn: int) -> EncodingError:
-    return EncodingError(
-        f"the generation prompt before message {turn} does not fit the conversation's render, so where the model starts "
-        "to write is not certain; use another chat_template, or train_on: all"
-    )
-
-
-def _find_end(
-    render: Render, full: str, masked: Messages, turn: int, own: list[int], start: int, markers: Markers
-) -> tuple[int, str]:
-    """Where the end-of-turn token begins, and the token.
-
-    A turn ends alike whether it is the last one or not: the end-of-turn token is the last special token that both
-    renders share. Where they share none (``<|return|>`` and ``<|end|>``), it is the first one after the text.
-    """
-    text_end = max([start, *(full.index(s) + len(s) for s in map(_SENTINEL.format, own) if s in full)])
-    following = _SLOT.search(full, text_end)
-    stop = following.start() if following else len(full)
-    shared_stop = text_end
-    other = _render_otherwise(render, masked, turn)
-    if other is not None:
-        after_full, after_other = _anchors(full, other, text_end)
-        shared_stop = after_full + _shared(full[after_full:stop], other[after_other:])
-    found = [m for m in markers.special.finditer(full, text_end, stop) if m.end() <= shared_stop]
-    if found:
-        return found[-1].start(), found[-1][0]
-    first = markers.special.search(full, text_end, stop)
-    if first is None or full[text_end : first.start()].strip():
-        raise EncodingError(
-            f"the chat template does not end the assistant's message {turn} with a special token of this tokenizer "
-            f"(after the text comes {full[text_end : min(stop, text_end + 40)]!r}), so the model would not learn to stop; "
-            "use another chat_template, or add its end-of-turn token (new_special_tokens)"
-        )
-    return first.start(), first[0]
-
-
-def _render_otherwise(render: Render, masked: Messages, turn: int) -> str | None:
-    """The turn as the last one if it is not, else followed by another message; None if the template refuses that."""
-    try:
-        if turn + 1 < len(masked):
-            return render(masked[: turn + 1], False)
-        role = "tool" if masked[turn].get("tool_calls") else "user"
-        return render([*masked, {"role": role, "content": _SENTINEL.format(10**9)}], False)
-    except EncodingError:
-        return None

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from hf_sft.data.chat import IGNORE, EncodingError, TokenRow, any_of, fast_backend, forbidden_tokens, refuse_special
+from hf_sft.data.chat import IGNORE, EncodingError, TokenRow
 from hf_sft.data.files import Record, read_records
-from hf_sft.data.formats import FormatError
+from hf_sft.data.messages import FormatError
+from hf_sft.data.pieces import ALL, Piece, PieceTokenizer
+from hf_sft.data.skeletons import refuse_marks
+from hf_sft.data.special import HiddenTokens, SpecialTokensInText, check_choice, refuse_special
+from hf_sft.data.templates import forbidden_tokens
 
 
 def read_texts(path: Path) -> Iterator[Record]:
@@ -48,32 +55,56 @@ class TextEncoder:
 
     Args:
         tokenizer: a fast tokenizer.
+        special_tokens_in_text: ``refuse`` texts that hold special tokens, or keep these as ``text``: ordinary tokens in the
+            text's letters. Then ``special_tokens_met`` counts the texts that hold each.
 
     Raises:
         ValueError: a slow tokenizer, or one without an end-of-sequence token.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer, self.backend = tokenizer, fast_backend(tokenizer)
+    def __init__(self, tokenizer: Any, *, special_tokens_in_text: SpecialTokensInText = "refuse") -> None:
+        check_choice(special_tokens_in_text)
+        self.tokenizer, self.special_tokens_in_text = tokenizer, special_tokens_in_text
+        self.pieces = PieceTokenizer(tokenizer)
         if tokenizer.eos_token_id is None:
             raise ValueError(
                 "the tokenizer has no eos_token, which ends each document; set it in its tokenizer_config.json"
             )
-        self.forbidden = any_of(forbidden_tokens(tokenizer))
+        self.hidden = HiddenTokens(forbidden_tokens(tokenizer))
+        self.forbidden = self.hidden.pattern
+        self.special_tokens_met: Counter[str] = Counter()
 
     def encode(self, texts: Sequence[str]) -> list[TokenRow | EncodingError]:
         """The token row of each text, or the error that says why it has none."""
-        refused = [self._refusal(text) for text in texts]
-        allowed = [text for text, error in zip(texts, refused, strict=True) if error is None]
-        encodings = iter(self.backend.encode_batch_fast(allowed, add_special_tokens=True))
-        return [error if error is not None else self._row(next(encodings).ids) for error in refused]
+        special = [self.forbidden.search(text) is not None for text in texts]
+        allowed = [text for text, found in zip(texts, special, strict=True) if not found]
+        encodings = iter(self.pieces.backend.encode_batch_fast(allowed, add_special_tokens=True))
+        return [
+            self._with_special(text) if found else self._row(next(encodings).ids)
+            for text, found in zip(texts, special, strict=True)
+        ]
 
-    def _refusal(self, text: str) -> EncodingError | None:
+    def _with_special(self, text: str) -> TokenRow | EncodingError:
+        """The row of a text that holds special tokens."""
         try:
-            refuse_special(text, self.forbidden)
+            if self.special_tokens_in_text == "refuse":
+                refuse_special(text, self.forbidden)
+            refuse_marks(text)
         except EncodingError as error:
             return error
-        return None
+        pieces = self.hidden.cut(Piece(self.hidden.hide(text), ALL))
+        found = self.pieces.encode(pieces)
+        ids = [found[self.pieces.key(piece)] for piece in pieces]
+        if refusal := next((part for part in ids if isinstance(part, EncodingError)), None):
+            return refusal
+        self.special_tokens_met.update(set(self.forbidden.findall(text)))
+        return self._row([*self._lead, *itertools.chain.from_iterable(ids)])  # type: ignore[arg-type]
+
+    @cached_property
+    def _lead(self) -> list[int]:
+        """The tokens that the tokenizer puts before a text."""
+        bare, whole = (self.pieces.backend.encode("a", add_special_tokens=flag).ids for flag in (False, True))
+        return whole[: next(n for n in range(len(whole)) if whole[n : n + len(bare)] == bare)]
 
     def _row(self, ids: list[int]) -> TokenRow:
         bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id

@@ -5,15 +5,16 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 import numpy as np
 
-from hf_sft.data.chat import IGNORE, EncodingError, TokenRow
+from hf_sft.data.chat import IGNORE, EncodingError, SpecialTokenError, TokenRow
 
 Overlength = Literal["drop", "truncate", "split", "error"]
 _MOST_EXAMPLES = 10
+_LENGTH_STEP = 256  # tokens
 
 
 def supervised_tokens(labels: list[int]) -> int:
@@ -89,22 +90,47 @@ def check_token_row(value: Mapping[str, Any], vocabulary: int | None = None) -> 
 class RowCounts:
     """What became of the records: read = kept + dropped + bad."""
 
-    source: str
     read: int = 0
     kept: int = 0
     overlength: int = 0
     unsupervised: int = 0
     truncated: int = 0
     split: int = 0
+    rows: int = 0
     tokens: int = 0
     supervised: int = 0
     longest: int = 0
+    duplicates: int = 0
+    formats: Counter[str] = field(default_factory=Counter)
+    special_tokens: Counter[str] = field(default_factory=Counter)
+    too_long: Counter[str] = field(default_factory=Counter)  # by the next multiple of _LENGTH_STEP
     bad: Counter[str] = field(default_factory=Counter)
     bad_examples: list[str] = field(default_factory=list)
 
-    def add_bad(self, place: str, reason: str) -> None:
+    @classmethod
+    def from_values(cls, values: Mapping[str, Any]) -> RowCounts:
+        """The counts that ``vars`` and JSON made plain values of."""
+        counters = {name: Counter(values[name]) for name in ("formats", "special_tokens", "too_long", "bad")}
+        return cls(**{**values, **counters})
+
+    def add(self, other: RowCounts) -> None:
+        """Count what another part of the data has counted."""
+        for entry in fields(self):
+            mine, theirs = getattr(self, entry.name), getattr(other, entry.name)
+            if entry.name == "longest":
+                self.longest = max(mine, theirs)
+            elif entry.name == "bad_examples":
+                self.bad_examples += theirs[: _MOST_EXAMPLES - len(mine)]
+            else:
+                setattr(self, entry.name, mine + theirs)
+
+    def add_bad(self, place: str, error: ValueError) -> None:
         """Count a record that is left out; reasons that differ in numbers and quotations count together."""
+        reason = str(error)
         kind = re.sub(r"\d+", "N", re.split(r": |[('\"]|; ", reason)[0]).strip()
+        if isinstance(error, SpecialTokenError):
+            kind = "a text spells a special token"
+            self.special_tokens[error.token] += 1
         self.bad[kind or "other"] += 1
         if len(self.bad_examples) < _MOST_EXAMPLES:
             self.bad_examples.append(f"{place}: {reason}")
@@ -124,6 +150,7 @@ class RowCounts:
             )
         if cut and overlength == "drop":
             self.overlength += 1
+            self.too_long[str(-(-length // _LENGTH_STEP) * _LENGTH_STEP)] += 1
             return []
         rows = [row]
         if cut:
@@ -135,6 +162,7 @@ class RowCounts:
         self.truncated += cut and overlength == "truncate"
         self.split += cut and overlength == "split"
         self.kept += 1
+        self.rows += len(rows)
         for row in rows:
             self.tokens += len(row["input_ids"])
             self.supervised += supervised_tokens(row["labels"])
@@ -144,10 +172,10 @@ class RowCounts:
     def report(self) -> dict[str, Any]:
         """The counts as plain values for ``data_report.json``."""
         return {
-            "source": self.source,
             "records": self.read,
             "kept": self.kept,
             "dropped": {"overlength": self.overlength, "no_supervised_token": self.unsupervised},
+            "too_long_lengths": dict(self.too_long),
             "bad": {"count": self.bad.total(), "reasons": dict(self.bad), "examples": self.bad_examples},
             "truncated": self.truncated,
             "cut_into_several": self.split,
@@ -155,5 +183,8 @@ class RowCounts:
             "supervised_tokens": self.supervised,
             "supervised_share": self.supervised / self.tokens if self.tokens else 0.0,
             "longest": self.longest,
-            "mean_length": self.tokens / self.kept if self.kept else 0.0,
+            "mean_length": self.tokens / self.rows if self.rows else 0.0,
+            "duplicates": self.duplicates,
+            "formats": dict(self.formats),
+            "special_tokens_in_text": dict(self.special_tokens),
         }

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 
@@ -15,10 +17,15 @@ from hf_sft.arguments import DataArguments
 from hf_sft.attention.selfcheck import Choice
 from hf_sft.collators import Batch, LabelsCollator
 from hf_sft.data.bins import BinLoader, Bins, BinSampler, Examples
+from hf_sft.data.live import LazyBins, LiveRecords, StreamBins, is_stream
 from hf_sft.data.pipeline import rows_from_examples
 from hf_sft.metrics import sum_dtype
 from hf_sft.models.wrappers import base_model
 from hf_sft.objectives import Objective
+
+logger = logging.getLogger(__name__)
+
+AnyBins = Bins | Examples | LazyBins | StreamBins
 
 
 class BinTrainer(Trainer):
@@ -40,20 +47,23 @@ class BinTrainer(Trainer):
     user_collator: Callable[[list[Any]], Batch] | None = None
     embedding_rows: int
 
-    def _read_model(self, model: nn.Module, tokenizer: Any) -> None:
+    def _read_model(self, model: nn.Module, tokenizer: Any, args: Any) -> None:
+        self._seed: int = args.seed if args.data_seed is None else args.data_seed
         self.embedding_rows = cast(nn.Embedding, base_model(model).get_input_embeddings()).weight.shape[0]
         self._pad = getattr(tokenizer, "pad_token_id", None) or 0
 
-    def _bins(self, dataset: Any, tokenizer: Any, *, evaluation: bool = False) -> Bins | Examples:
+    def _bins(self, dataset: Any, tokenizer: Any, *, evaluation: bool = False) -> AnyBins:
         """``dataset`` as bins: packed where the layout allows it."""
-        if isinstance(dataset, (Bins, Examples)):
+        if isinstance(dataset, (Bins, Examples, LazyBins, StreamBins)):
             return dataset
         if isinstance(dataset, dict):
             raise ValueError(f"a data set is wanted, and this is a dict of {', '.join(dataset)}: choose one of them")
+        if not evaluation and (self.data_args.is_live or isinstance(dataset, LiveRecords) or is_stream(dataset)):
+            return self._live_bins(dataset, tokenizer)
         if self.user_collator is not None and isinstance(dataset[0], dict) and "input_ids" in dataset[0]:
             return Examples(dataset)
         rules = self.objective.row_rules(evaluation=evaluation)
-        rows = rows_from_examples(dataset, tokenizer, data=self.data_args, rules=rules)
+        rows = rows_from_examples(dataset, tokenizer, data=self.data_args, rules=rules, seed=self._seed)
         packed = self.layout.backend is not None and not (evaluation and self.collects_logits)
         bins = Bins(rows, self.data_args.max_seq_length if packed else None)
         if bins.largest_id >= self.embedding_rows:
@@ -63,9 +73,25 @@ class BinTrainer(Trainer):
             )
         return Examples(rows) if self.user_collator is not None else bins
 
+    def _live_bins(self, dataset: Any, tokenizer: Any) -> LazyBins | StreamBins:
+        """Training data that are tokenised while the model trains."""
+        if self.user_collator is not None:
+            raise ValueError(
+                "a data_collator of your own takes finished examples: leave out streaming or lazy_preprocess"
+            )
+        data = self.data_args
+        if is_stream(dataset) and not data.streaming:
+            logger.info("the training data have no length: they are read as a stream")
+            data = replace(data, streaming=True, lazy_preprocess=False)
+        if not isinstance(dataset, LiveRecords):
+            rules = self.objective.row_rules(evaluation=False)
+            dataset = LiveRecords.of_examples(dataset, tokenizer, data=data, rules=rules, seed=self._seed)
+        capacity = data.max_seq_length if self.layout.backend is not None else None
+        return (StreamBins if data.streaming else LazyBins)(dataset, capacity, self.embedding_rows)
+
     def _loader(
         self,
-        dataset: Bins | Examples,
+        dataset: Bins | Examples | LazyBins,
         batch_size: int,
         *,
         accumulation: int = 1,
@@ -81,6 +107,10 @@ class BinTrainer(Trainer):
             rank=args.process_index,
             seed=seed,
         )
+        return self._bin_loader(dataset, evaluation=evaluation, batch_sampler=sampler)
+
+    def _bin_loader(self, dataset: AnyBins, *, evaluation: bool, **how: Any) -> BinLoader:
+        args = self.args
         packed = getattr(dataset, "capacity", None) is not None
         collator = self.objective.collator(packed, self._pad, evaluation=evaluation)
         if self.user_collator is not None:
@@ -88,13 +118,13 @@ class BinTrainer(Trainer):
         workers = args.dataloader_num_workers
         return BinLoader(
             dataset,
-            batch_sampler=sampler,
             collate_fn=collator,
             num_workers=workers,
             pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
             persistent_workers=args.dataloader_persistent_workers and workers > 0,
             prefetch_factor=args.dataloader_prefetch_factor if workers else None,
             worker_init_fn=partial(seed_worker, num_workers=workers, rank=args.process_index) if workers else None,
+            **how,
         )
 
     def get_train_dataloader(self) -> BinLoader:
@@ -102,9 +132,10 @@ class BinTrainer(Trainer):
         if self.train_dataset is None:
             raise ValueError("training needs a train_dataset")
         args = self.args
-        seed: int | None = args.seed if args.data_seed is None else args.data_seed
-        if args.train_sampling_strategy == "sequential":
-            seed = None
+        if isinstance(self.train_dataset, StreamBins):
+            share = self.train_dataset.dealt(self._train_batch_size, args.world_size, args.process_index)
+            return self._bin_loader(share, evaluation=False, batch_size=None)
+        seed = None if args.train_sampling_strategy == "sequential" else self._seed
         dataset = cast(Bins, self.train_dataset)
         return self._loader(dataset, self._train_batch_size, accumulation=args.gradient_accumulation_steps, seed=seed)
 
@@ -115,7 +146,7 @@ class BinTrainer(Trainer):
         dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         if dataset is None:
             raise ValueError("evaluation needs an eval_dataset")
-        bins = self._bins(dataset, self.processing_class, evaluation=True)
+        bins = cast(Bins | Examples, self._bins(dataset, self.processing_class, evaluation=True))
         return self._loader(bins, self.args.eval_batch_size, evaluation=True)
 
     def get_test_dataloader(self, test_dataset: Any) -> BinLoader:
@@ -124,6 +155,8 @@ class BinTrainer(Trainer):
 
     def num_examples(self, dataloader: Any) -> int:
         """Documents, not bins."""
+        if isinstance(dataloader.dataset, StreamBins):
+            return 0  # not known
         return sum(len(item) for item in getattr(dataloader.dataset, "bins", ())) or len(dataloader.dataset)
 
     def _prepare_input(self, data: Any) -> Any:

@@ -182,9 +182,9 @@ def prepare_tokenizer(tokenizer: Any, model: nn.Module, data: DataArguments) -> 
     """
     if tokenizer is None:
         return None
-    if data.chat_template is not None:
+    if data.chat_template is not None or data.system_prompt is not None:
         tokenizer = copy.deepcopy(tokenizer)  # the user's own stays as it is
-        tokenizer.chat_template = resolve_template(tokenizer, data.chat_template)
+        tokenizer.chat_template = resolve_template(tokenizer, data.first_template, data.system_prompt)
     token = None if getattr(tokenizer, "chat_template", None) is None else end_of_turn_id(tokenizer)
     config = base_model(model).generation_config
     if token is not None and config is not None:

@@ -116,7 +116,7 @@ class SFTTrainer(BinTrainer):
 
         self.collects_logits = trainer_options.get("compute_metrics") is not None and not args.prediction_loss_only
         self.user_collator = data_collator
-        self._read_model(model, processing_class)
+        self._read_model(model, processing_class, args)
         self._train_sums = self._eval_sums = TokenSums(args.device, self.objective.kinds)
         self._clock, self._logs_step = time.perf_counter(), False
         train = None if train_dataset is None else self._bins(train_dataset, processing_class)

@@ -1,0 +1,398 @@
+"""Self-contained HTML pages: figures, findings, charts and token rows in one file, without scripts and without the network.
+
+A page is a list of sections, a section a list of blocks. Everything that comes from data is escaped by Jinja.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from hf_sft.inspection.facts import bad_records, bars_of, common_facts, facts_of, place_of, sources_of, title_of
+from hf_sft.inspection.report import Histogram, Inspection, Packing, Sample, SplitInspection
+from hf_sft.inspection.texts import visible
+
+_WIDTH, _HEIGHT = 400, 220  # of a chart, in the units of its texts: as wide as a phone, so that they can be read there
+_LEFT, _RIGHT, _TOP, _BOTTOM = 48, 14, 8, 34
+_COLOURS, _DASHES = 8, 4
+_MOST_POINTS = 400  # of a line: more cannot be told apart
+_MOST_TEXT = 2000  # letters of one text
+
+
+# ---- blocks ----
+
+
+@dataclass(frozen=True)
+class Text:
+    """A paragraph."""
+
+    text: str
+    kind: ClassVar[str] = "text"
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Pairs of a name and a value."""
+
+    facts: Sequence[tuple[str, str]]
+    kind: ClassVar[str] = "facts"
+
+
+@dataclass(frozen=True)
+class Table:
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    kind: ClassVar[str] = "table"
+
+
+@dataclass(frozen=True)
+class Notice:
+    """Something to know, ``severity`` error, warning or note, and what to do about it."""
+
+    severity: str
+    text: str
+    do: str = ""
+
+
+@dataclass(frozen=True)
+class Notices:
+    notices: Sequence[Notice]
+    kind: ClassVar[str] = "notices"
+
+
+@dataclass(frozen=True)
+class Details:
+    """Blocks behind a summary, folded up unless ``open``; printed in any case."""
+
+    summary: str
+    blocks: Sequence[Any]
+    open: bool = False
+    kind: ClassVar[str] = "details"
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Blocks side by side, where the page is wide enough."""
+
+    blocks: Sequence[Any]
+    kind: ClassVar[str] = "grid"
+
+
+@dataclass(frozen=True)
+class TokenRow:
+    """A row of tokens with a title; see ``inspection.Sample``."""
+
+    title: str
+    sample: Sample
+
+    @property
+    def body(self) -> Any:
+        """Markup: learned tokens in ``mark``, each token in ``i``, line breaks visible."""
+        return _token_markup(self.sample)
+
+
+@dataclass(frozen=True)
+class Key:
+    """What the marks in token rows mean, and a box that shows the borders of tokens."""
+
+    kind: ClassVar[str] = "key"
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Token rows, the first ``open`` of them unfolded."""
+
+    samples: Sequence[TokenRow]
+    open: int = 3
+    kind: ClassVar[str] = "samples"
+
+
+@dataclass(frozen=True)
+class Section:
+    title: str
+    blocks: Sequence[Any]
+
+
+@dataclass(frozen=True)
+class Bars:
+    """A histogram: labels and counts of neighbouring bins.
+
+    Args:
+        ticks: what stands below the left border of a bin, and behind the last one; default: nothing.
+    """
+
+    title: str
+    bars: Sequence[tuple[str, int]]
+    ticks: Sequence[str] = ()
+    x_label: str = ""
+    y_label: str = "rows"
+    kind: ClassVar[str] = "bars"
+
+    def rows(self) -> list[list[str]]:
+        return [[label, f"{count:,}"] for label, count in self.bars]
+
+    def chart(self) -> dict[str, Any]:
+        most = max((count for _, count in self.bars), default=0)
+        scale = _Scale(0, max(most, 1), _HEIGHT - _BOTTOM, _TOP)
+        step = (_WIDTH - _LEFT - _RIGHT) / max(1, len(self.bars))
+        bars = []
+        for place, (label, count) in enumerate(self.bars):
+            top = scale(count)
+            shape = {"x": _LEFT + place * step + 0.5, "y": top, "width": step - 1, "height": scale(0) - top}
+            bars.append({"label": f"{label}: {count:,}", **{key: round(value, 1) for key, value in shape.items()}})
+        every = max(1, math.ceil(len(self.ticks) / 8))
+        x_ticks = [
+            {"at": round(_LEFT + place * step, 1), "label": self.ticks[place]}
+            for place in range(0, len(self.ticks), every)
+        ]
+        return {**_frame(self.x_label), "bars": bars, "x_ticks": x_ticks, "y_ticks": scale.ticks(whole=True)}
+
+
+@dataclass(frozen=True)
+class Series:
+    """A line; values that are not finite leave a gap."""
+
+    name: str
+    xs: Sequence[float]
+    ys: Sequence[float]
+
+
+@dataclass(frozen=True)
+class Lines:
+    """A line chart of one or several series, told apart by colour and by dashes.
+
+    Args:
+        log: a logarithmic y axis; values that are not above zero leave a gap.
+    """
+
+    title: str
+    series: Sequence[Series]
+    x_label: str = "step"
+    log: bool = False
+    kind: ClassVar[str] = "lines"
+
+    def chart(self) -> dict[str, Any]:
+        parts = [_parts(series, self.log) for series in self.series]
+        points = [point for runs in parts for run in runs for point in run]
+        if not points:
+            return {"lines": []}
+        xs, ys = zip(*points, strict=True)
+        x_scale = _Scale(min(xs), max(xs), _LEFT, _WIDTH - _RIGHT)
+        y_scale = _Scale(min(ys), max(ys), _HEIGHT - _BOTTOM, _TOP, log=self.log)
+        lines = []
+        for number, (series, runs) in enumerate(zip(self.series, parts, strict=True)):
+            drawn = [[(round(x_scale(x), 1), round(y_scale(y), 1)) for x, y in run] for run in runs]
+            few = sum(map(len, drawn)) <= 25
+            lines.append(
+                {
+                    "name": series.name,
+                    "colour": number % _COLOURS,
+                    "dash": number % _DASHES,
+                    "parts": [_path(run) for run in drawn if len(run) > 1],
+                    "dots": [point for run in drawn if few or len(run) == 1 for point in run],
+                }
+            )
+        return {**_frame(self.x_label), "lines": lines, "x_ticks": x_scale.ticks(), "y_ticks": y_scale.ticks()}
+
+
+def _path(points: Sequence[tuple[float, float]]) -> Any:
+    """The points of a polyline: markup, which is not cut like a text."""
+    from markupsafe import Markup
+
+    return Markup(" ".join(f"{x:g},{y:g}" for x, y in points))
+
+
+def _frame(x_label: str) -> dict[str, Any]:
+    return {
+        "width": _WIDTH, "height": _HEIGHT, "left": _LEFT, "right": _RIGHT, "bottom": _BOTTOM, "x_label": x_label,
+    }  # fmt: skip
+
+
+def _parts(series: Series, log: bool) -> list[list[tuple[float, float]]]:
+    """Runs of finite points, thinned to what can be seen: of each stretch its lowest and highest."""
+    runs: list[list[tuple[float, float]]] = [[]]
+    for x, y in zip(series.xs, series.ys, strict=True):
+        if not (math.isfinite(x) and math.isfinite(y)) or (log and y <= 0):
+            runs.append([])
+        else:
+            runs[-1].append((float(x), math.log10(y) if log else float(y)))
+    total = sum(map(len, runs))
+    if total <= _MOST_POINTS:
+        return [run for run in runs if run]
+    stretch = math.ceil(2 * total / _MOST_POINTS)
+    return [
+        [point for start in range(0, len(run), stretch) for point in _extremes(run[start : start + stretch])]
+        for run in runs
+        if run
+    ]
+
+
+def _extremes(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    return sorted({min(points, key=lambda point: point[1]), max(points, key=lambda point: point[1])})
+
+
+class _Scale:
+    """From values to places on an axis, and round numbers along it; with ``log``, values are powers of ten."""
+
+    def __init__(self, low: float, high: float, start: float, end: float, *, log: bool = False) -> None:
+        if low == high:
+            low, high = low - (abs(low) or 1) / 2, high + (abs(high) or 1) / 2
+        self.low, self.high, self.start, self.end, self.log = low, high, start, end, log
+
+    def __call__(self, value: float) -> float:
+        return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
+
+    def ticks(self, *, whole: bool = False) -> list[dict[str, Any]]:
+        room = (self.high - self.low) / 5
+        power = 10.0 ** math.floor(math.log10(room))
+        step = next(size * power for size in (1, 2, 5, 10) if size * power >= room)
+        step = max(1.0, step) if whole or (self.log and step >= 0.5) else step
+        first = math.ceil(self.low / step - 1e-9)
+        values = [number * step for number in range(first, math.floor(self.high / step + 1e-9) + 1)]
+        return [{"at": round(self(value), 1), "label": _number(10**value if self.log else value)} for value in values]
+
+
+def _number(value: float) -> str:
+    if value == 0 or abs(value) < 1e-12:
+        return "0"
+    if abs(value) >= 1e6 or abs(value) < 1e-3:
+        return f"{value:.3g}"
+    return f"{round(value, 6):,.10g}"
+
+
+# ---- pages ----
+
+
+def render_page(title: str, sections: Sequence[Section], *, subtitle: str = "") -> str:
+    """The HTML of a page. It loads nothing, runs nothing, and shows control characters of its texts by name."""
+    return _template().render(title=title, subtitle=subtitle, sections=list(sections))
+
+
+def write_page(path: str | Path, html: str) -> Path:
+    """Write the file at once: it is whole, or what it was before."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        temporary.write_text(html, encoding="utf-8")
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return target
+
+
+@functools.lru_cache(maxsize=1)
+def _template() -> Any:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).with_name("page_templates")),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+        finalize=_finalize,
+    )
+    return environment.get_template("page.html.jinja")
+
+
+def _finalize(value: Any) -> Any:
+    """Texts of any origin pass here before they are escaped."""
+    if not isinstance(value, str) or hasattr(value, "__html__"):
+        return value
+    return visible(value if len(value) <= _MOST_TEXT else f"{value[:_MOST_TEXT]}... ({len(value):,} characters)")
+
+
+def _token_markup(sample: Sample) -> Any:
+    from markupsafe import Markup
+
+    token_markup, gap = Markup('<i{} title="{}">{}</i>'), Markup("<b> ... {:,} tokens ... </b>")
+    line_break, special = Markup("<u></u>\n"), Markup(' class="s"')
+    pieces: list[Any] = []
+    opened = False
+    for place, token in enumerate(sample.tokens):
+        cut = place == sample.cut_at
+        if opened and (cut or not token.learned):
+            pieces.append(Markup("</mark>"))
+            opened = False
+        if cut:
+            pieces.append(gap.format(sample.left_out))
+        if token.learned and not opened:
+            pieces.append(Markup("<mark>"))
+            opened = True
+        text = line_break.join(visible(token.text).split("\n"))
+        pieces.append(token_markup.format(special if token.special else "", " ".join(map(str, token.ids)), text))
+    return Markup("").join([*pieces, Markup("</mark>")] if opened else pieces)
+
+
+# ---- the page of an inspection ----
+
+
+def inspection_page(inspection: Inspection, title: str = "What the model will see") -> str:
+    """The HTML of an inspection."""
+    sections = [Section("Findings", [_findings(inspection)])]
+    if facts := common_facts(inspection):
+        sections.append(Section("Settings", [Facts(facts)]))
+    for split in inspection.splits:
+        sections.append(Section(split.name, list(_figures(split))))
+    for split in inspection.splits:
+        sections.append(Section(f"Rows of {split.name}", list(_rows(split))))
+    rows = ", ".join(f"{split.rows:,} rows for {split.name}" for split in inspection.splits)
+    return render_page(title, sections, subtitle=rows)
+
+
+def _findings(inspection: Inspection) -> Any:
+    if not inspection.findings:
+        return Text("Nothing that usually goes wrong was found.")
+    return Notices(
+        [
+            Notice(each.severity, f"{each.split}: {each.what}" if each.split else each.what, each.do)
+            for each in inspection.findings
+        ]
+    )
+
+
+def _figures(split: SplitInspection) -> Iterable[Any]:
+    yield Facts(facts_of(split))
+    header, sources = sources_of(split)
+    if len(sources) > 1:
+        yield Table(header, sources)
+    reasons, examples = bad_records(split)
+    if reasons:
+        yield Table(["records that cannot be used", "records"], reasons)
+        yield Details("examples", [Text(example) for example in examples])
+    lengths = histogram_bars("Tokens of a row", split.length_histogram, x_label="tokens")
+    yield Grid([lengths, histogram_bars("Learned share of a row", split.share_histogram, x_label="%", unit="%")])
+
+
+def histogram_bars(title: str, histogram: Histogram, *, x_label: str = "", unit: str = "") -> Bars:
+    """The chart of a histogram."""
+    ticks = [f"{int(border):,}" for border in histogram.borders]
+    return Bars(title, bars_of(histogram, unit), ticks, x_label)
+
+
+def _rows(split: SplitInspection) -> Iterable[Any]:
+    yield Key()
+    yield Samples([TokenRow(title_of(sample), sample) for sample in split.samples])
+    if split.packing is not None and split.packing.documents:
+        yield Details(_packing_title(split.packing), [Samples(list(_documents(split.packing)), open=_ALL)], open=True)
+
+
+_ALL = 1 << 30
+
+
+def _packing_title(packing: Packing) -> str:
+    more = f", {packing.left_out:,} more documents not shown" if packing.left_out else ""
+    return f"One bin as it is packed: number {packing.number:,} of {packing.bins:,}, {packing.capacity:,} tokens{more}"
+
+
+def _documents(packing: Packing) -> Iterable[TokenRow]:
+    for number, document in enumerate(packing.documents):
+        yield TokenRow(
+            f"document {number}: row {document.row:,}, {place_of(document)}, {document.length:,} tokens", document
+        )
