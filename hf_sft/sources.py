@@ -39,7 +39,7 @@ class Source:
     revision: str | None = None
 
     @property
-    def place(self) -> dict[str, str | None]:
+    def place(self) -> dict[str, Any]:
         """What names a part of a data set beside its path."""
         return {"config": self.config, "split": self.split, "revision": self.revision}
 

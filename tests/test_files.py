@@ -8,6 +8,7 @@ import gzip
 import io
 import json
 import logging
+import os
 import pickle
 import tracemalloc
 from pathlib import Path
@@ -589,8 +590,10 @@ def test_the_hub(tmp_path: Path, monkeypatch) -> None:
     rows = datasets.Dataset.from_list(numbered(3))
     asked = []
 
-    def load_dataset(name, config, *, split, revision):
+    def load_dataset(name, config, *, split, revision, streaming):
         asked.append((name, config, split, revision))
+        if streaming:
+            return datasets.IterableDatasetDict({"train": rows.to_iterable_dataset()})
         if name != "own/data":
             raise FileNotFoundError(f"Couldn't find any data at {name}.")
         return rows if split else datasets.DatasetDict({"train": rows, "validation": rows.select([1])})
@@ -603,6 +606,9 @@ def test_the_hub(tmp_path: Path, monkeypatch) -> None:
     assert values("own/data", config="main", split="train[:50%]", revision="v1") == numbered(3)
     assert asked == [("own/data", None, None, None), ("own/data", "main", "train[:50%]", "v1")]  # loaded once each
     assert content_hash("own/data") == content_hash("own/data") != content_hash("own/data", split="train")
+    for _ in range(2):  # a stream begins anew
+        assert [record.value for record in read_records("own/data", streaming=True)] == numbered(3)
+    assert content_hash("own/data", streaming=True) == content_hash("own/data", streaming=True)
     with pytest.raises(
         ValueError,
         match=r"no/data: no such file or folder under .*no data set of the hub .* by that name, revision v2: FileNotFoundError: "
@@ -616,6 +622,15 @@ def test_the_hub(tmp_path: Path, monkeypatch) -> None:
     assert values("own/data") == RECORDS[:1]  # a folder of that name counts
     with pytest.raises(ValueError, match="config is 'main', which is for data sets of the hub"):
         values("own/data", config="main")
+
+
+def test_a_stream_is_known_by_size_and_time(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", json.dumps(RECORDS[0]))
+    os.utime(path, (1e9, 1e9))
+    before, read = content_hash(path, streaming=True), content_hash(path)
+    assert content_hash(path, streaming=True) == before != read
+    os.utime(path, (2e9, 2e9))
+    assert content_hash(path, streaming=True) != before and content_hash(path) == read
 
 
 def test_the_hub_out_of_reach() -> None:

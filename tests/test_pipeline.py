@@ -16,7 +16,9 @@ import tiny
 from datasets import Dataset
 
 from hf_sft.arguments import DataArguments
+from hf_sft.collators import CausalCollator
 from hf_sft.data import prepared
+from hf_sft.data.bins import Bins
 from hf_sft.data.cache import wait_for_folder, write_folder
 from hf_sft.data.chat import encode_conversation
 from hf_sft.data.pipeline import (
@@ -421,17 +423,39 @@ def test_preparing_gsm8k_takes_little_longer_than_tokenising_it(shared_data) -> 
     bare_time, our_time = (min(values) for values in zip(*times, strict=True))
     print(f"bare {bare_time:.2f} s, prepare {our_time:.2f} s, ratio {our_time / bare_time:.2f}")
     assert our_time / bare_time < 2.5
+    started = time.perf_counter()
+    bins = Bins(prepare_dataset(path, tokenizer, data=DataArguments()).rows, 2048)
+    CausalCollator(True, 0)([bins[0, 0]])
+    assert time.perf_counter() - started < 2  # to the first batch, from the cache
 
 
 @pytest.mark.parametrize("name", ["qwen2.5", "minimind"])
 def test_every_record_of_real_files_is_used_or_counted(shared_data, name: str) -> None:
+    """Without being told their formats; only documents that are too long are left out."""
     from transformers import AutoTokenizer
 
     real = AutoTokenizer.from_pretrained(shared_data / "tokenizers" / name)
-    for file in (
-        "multiturn/dummy_conversation.json", "alpaca/instruction-data.json", "toolcall/glaive_toolcall_en_demo.json"
-    ):  # fmt: skip
-        data = DataArguments(max_seq_length=2048, bad_records="skip")
-        report = prepare_dataset(shared_data / file, real, data=data).report
-        assert report["records"] == report["kept"] + sum(report["dropped"].values()) + report["bad"]["count"]
+    files = {
+        "gsm8k/test.jsonl": ("question_answer", 1319),
+        "multiturn/dummy_conversation.json": ("sharegpt", 500),
+        "alpaca/instruction-data.json": ("alpaca", 1100),
+        "toolcall/glaive_toolcall_en_demo.json": ("sharegpt", 300),
+        "preference/dpo_en_demo.json": ("preference", 300),
+    }
+    for file, (shape, records) in files.items():
+        report = prepare_dataset(shared_data / file, real, data=DataArguments(bad_records="skip")).report
+        assert read_equals_sum(report) and report["records"] == records, file
         assert report["bad"]["count"] == 0 and report["dropped"]["no_supervised_token"] == 0, file
+        assert report["formats"] == {shape: records}
+
+
+def test_a_real_text(shared_data) -> None:
+    from transformers import AutoTokenizer
+
+    real = AutoTokenizer.from_pretrained(shared_data / "models" / "stories260k")
+    path = shared_data / "text" / "tinyshakespeare.txt"
+    prepared = prepare_dataset(path, real, data=DataArguments(task_type="pretrain", max_seq_length=512))
+    whole = real(path.read_text(encoding="utf-8"))["input_ids"]
+    learned = [token for row in prepared.rows["labels"] for token in row if token != -100]
+    assert learned == [*whole[1:], real.eos_token_id]  # a BOS is read only
+    assert read_equals_sum(prepared.report) and prepared.report["records"] == 1

@@ -158,7 +158,7 @@ def _record(arguments: Any) -> dict[str, Any]:
         "data": asdict(arguments.data),
         "training": training.to_dict(),
         "run": {
-            "train_file_hash": files_hash(arguments.data.train_file),
+            "train_file_hash": files_hash(arguments.data.train_file, streaming=arguments.data.streaming),
             "global_batch_size": training.world_size
             * training.per_device_train_batch_size
             * training.gradient_accumulation_steps,

@@ -22,14 +22,31 @@ def default_cache_dir() -> Path:
     return Path(os.environ.get("HF_SFT_CACHE") or Path.home() / ".cache" / "hf_sft")
 
 
-def hash_files(paths: Iterable[Path]) -> str:
-    """SHA-256 of the files' contents, in this order."""
-    digest = hashlib.sha256()
-    for path in paths:
-        digest.update(f"{path.stat().st_size} ".encode())
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
+_digests: dict[tuple[Any, ...], str] = {}  # of files that this process has read, by what changes with them
+_SETTLED_SECONDS = 2.0  # a file that was written so recently may change again without a change of its time
+
+
+def hash_files(paths: Iterable[Path], *, contents: bool = True) -> str:
+    """SHA-256 of the files in this order: of their contents, or of their sizes and times where they are too large to read."""
+    return cache_key({"files": [_digest(path) if contents else _state(path)[1:] for path in paths]})
+
+
+def _state(path: Path) -> tuple[str, int, int]:
+    """Name, size and time of the last change in ns."""
+    found = path.stat()
+    return str(path.resolve()), found.st_size, found.st_mtime_ns
+
+
+def _digest(path: Path) -> str:
+    state = _state(path)
+    if state in _digests:
+        return _digests[state]
+    digest, began = hashlib.sha256(), time.time()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    if began - state[-1] / 1e9 > _SETTLED_SECONDS:
+        _digests[state] = digest.hexdigest()
     return digest.hexdigest()
 
 

@@ -89,6 +89,7 @@ def read_records(
     config: str | None = None,
     split: str | None = None,
     revision: str | None = None,
+    streaming: bool = False,
 ) -> Iterator[Record]:
     """The records of a file, a folder or a data set of the hub.
 
@@ -104,6 +105,7 @@ def read_records(
             validation, valid, val, dev, eval and test; without any of them everything is read.
         texts: a ``.txt`` file is one record, its whole text; else it holds JSON lines.
         config, revision: of a data set of the hub.
+        streaming: do not download a data set of the hub, but read it as it is used.
         split: name of the list in place of ``part``; for a data set of the hub also a slice, such as "train[:10%]".
 
     Raises:
@@ -112,7 +114,7 @@ def read_records(
     """
     if part not in (None, "train", "eval"):
         raise ValueError(f"part is {part!r}; it is train, eval or None")
-    place = _find(path, config, split, revision)
+    place = _find(path, config, split, revision, streaming)
     if place.data is not None:
         records = read_dataset(place.data, path, part, split if place.is_saved else None)
     elif place.files is not None:
@@ -150,26 +152,39 @@ def parts_of(
 
 
 def content_hash(
-    path: str | Path, *, config: str | None = None, split: str | None = None, revision: str | None = None
+    path: str | Path,
+    *,
+    config: str | None = None,
+    split: str | None = None,
+    revision: str | None = None,
+    streaming: bool = False,
 ) -> str:
     """A hash of all that the records come from: contents and names of files, or what the hub says about a data set.
+
+    Args:
+        streaming: sizes and times of files in place of contents: nothing is read twice.
 
     Raises:
         ValueError: as :func:`read_records`.
     """
-    place = _find(path, config, split, revision)
+    place = _find(path, config, split, revision, streaming)
     if place.data is not None and not place.is_saved:
         data = place.data if isinstance(place.data, dict) else {"": place.data}
-        return cache_key({"hub": {name: rows._fingerprint for name, rows in data.items()}})
+        return cache_key({"hub": {name: _fingerprint(rows) for name, rows in data.items()}, "revision": revision})
     if place.data is None and place.files is None:
         file = check_file(path)
         with _reading(file):
-            return hash_files([file])
+            return hash_files([file], contents=not streaming)
     folder = Path(path)
     files = sorted(_all_files(folder)) if place.files is None else [f for group in place.files.values() for f in group]
     names = [file.relative_to(folder).as_posix() for file in files]
     with _reading(folder):
-        return cache_key({"names": names, "contents": hash_files(files)})
+        return cache_key({"names": names, "contents": hash_files(files, contents=not streaming)})
+
+
+def _fingerprint(rows: Any) -> str:
+    """Of a data set of the hub; a stream has no other than what the hub says about it."""
+    return getattr(rows, "_fingerprint", None) or f"{rows.info.dataset_name} {rows.info.version} {rows.info.splits}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -184,14 +199,16 @@ class _Place(NamedTuple):
     is_saved: bool = False
 
 
-def _find(path: str | Path, config: str | None, split: str | None, revision: str | None) -> _Place:
+def _find(
+    path: str | Path, config: str | None, split: str | None, revision: str | None, streaming: bool = False
+) -> _Place:
     if not str(path):
         raise ValueError("the path of the data is empty; name a file, a folder or a data set of the hub")
     folder = Path(path)
     with _reading(folder):
         is_folder, exists = folder.is_dir(), folder.exists()
     if not exists and _HUB_NAME.fullmatch(str(path)) and not _is_data_name(folder):
-        return _Place(data=load_hub(str(path), config, split, revision))
+        return _Place(data=load_hub(str(path), config, split, revision, streaming))
     for name, value in (("config", config), ("revision", revision)):
         if value is not None:
             raise ValueError(

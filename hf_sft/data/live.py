@@ -76,8 +76,8 @@ class LiveRecords:
         for source in read_sources(files):
             encoder = RowEncoder(tokenizer, Encoding.of(data, rules, source, seed), source.path)
             _ = encoder.encoders  # a template that is missing is told now
-            texts = data.task_type == "pretrain"
-            opened = partial(read_records, source.path, part="train", texts=texts, **source.place)
+            how: dict[str, Any] = {"texts": data.task_type == "pretrain", "streaming": data.streaming}
+            opened = partial(read_records, source.path, part="train", **how, **source.place)
             sources.append(LiveSource(source.path, partial(_first, opened, source.limit), encoder, source.weight))
         return cls(sources, data, seed)
 

@@ -102,8 +102,11 @@ def prepare_dataset(
 
 
 def evaluation_files(data: DataArguments) -> Any:
-    """What evaluation reads: ``eval_file``; else the training files, if records are kept from them or they bring some."""
-    if data.eval_file is not None or data.train_file is None:
+    """What evaluation reads: ``eval_file``; else the training files, if records are kept from them or they bring some.
+
+    A stream is not searched for any.
+    """
+    if data.eval_file is not None or data.train_file is None or data.streaming:
         return data.eval_file
     if data.eval_split is not None:
         return data.train_file
@@ -115,11 +118,19 @@ def evaluation_files(data: DataArguments) -> Any:
     return None
 
 
-def files_hash(files: Any) -> str:
-    """Of everything that the named files hold, wherever they are, and of how they are mixed."""
+def files_hash(files: Any, *, streaming: bool = False) -> str:
+    """Of everything that the named files hold, wherever they are, and of how they are mixed.
+
+    ``streaming``: their sizes and times count, since nothing is read twice.
+    """
     sources = read_sources(files)
     settings = [repr(replace(source, path="")) for source in sources]
-    return cache_key({"settings": settings, "contents": [content_hash(each.path, **each.place) for each in sources]})
+    return cache_key(
+        {
+            "settings": settings,
+            "contents": [content_hash(each.path, streaming=streaming, **each.place) for each in sources],
+        }
+    )
 
 
 def _holds_eval(source: Source, sources: list[Source]) -> bool:

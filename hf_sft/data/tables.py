@@ -258,8 +258,10 @@ def load_saved(folder: Path) -> Dataset | Mapping[str, Dataset]:
 
 
 @functools.lru_cache(maxsize=4)
-def load_hub(name: str, config: str | None, split: str | None, revision: str | None) -> Dataset | Mapping[str, Dataset]:
-    """A data set of the hub, downloaded if it is not in the hub's cache.
+def load_hub(
+    name: str, config: str | None, split: str | None, revision: str | None, streaming: bool = False
+) -> Dataset | Mapping[str, Dataset]:
+    """A data set of the hub, downloaded if it is not in the hub's cache; with ``streaming`` read from the hub as it is used.
 
     Raises:
         ValueError: no such data set, no way to the hub, a configuration that there is not.
@@ -269,7 +271,7 @@ def load_hub(name: str, config: str | None, split: str | None, revision: str | N
     settings = {"config": config, "split": split, "revision": revision}
     named = "".join(f", {key} {value}" for key, value in settings.items() if value is not None)
     try:
-        return load_dataset(name, config, split=split, revision=revision)
+        return load_dataset(name, config, split=split, revision=revision, streaming=streaming)
     except Exception as error:  # of the hub's client, of the network, of the data set itself
         raise ValueError(
             f"{name}: no such file or folder under {Path.cwd()}, and no data set of the hub could be loaded by that "
@@ -283,8 +285,10 @@ def _said(error: Exception) -> str:
 
 
 def sizes_of(data: Dataset | Mapping[str, Dataset]) -> dict[str, int]:
-    """Split -> rows; nothing for a data set without splits."""
-    return {name: len(rows) for name, rows in data.items()} if isinstance(data, Mapping) else {}
+    """Split -> rows (1 for a stream, whose rows are not counted); nothing for a data set without splits."""
+    if not isinstance(data, Mapping):
+        return {}
+    return {name: len(rows) if hasattr(rows, "__len__") else 1 for name, rows in data.items()}
 
 
 def read_dataset(
