@@ -129,8 +129,12 @@ def check_data(data: DataArguments, training: Any = None) -> Iterator[str]:
     if data.eval_split is not None:
         if data.eval_file is not None:
             yield "eval_split and eval_file are both set: evaluation data come from one of them"
-        if data.eval_split <= 0 or (data.eval_split >= 1 and data.eval_split != int(data.eval_split)):
-            yield f"eval_split is {data.eval_split:g}: use a share between 0 and 1, or a whole number of records"
+        if (
+            data.eval_split <= 0
+            or data.eval_split == 1
+            or (data.eval_split > 1 and data.eval_split != int(data.eval_split))
+        ):
+            yield f"eval_split is {data.eval_split:g}: use a share between 0 and 1, or a whole number of records from 2 on"
     if data.preprocessing_num_workers is not None and data.preprocessing_num_workers < 1:
         yield f"preprocessing_num_workers is {data.preprocessing_num_workers}: use at least 1"
     yield from _check_live(data, training)
@@ -150,6 +154,13 @@ def _check_live(data: DataArguments, training: Any) -> Iterator[str]:
             "lazy_preprocess is true and overlength is split, and each record is one document there: set overlength to drop, "
             "truncate or error, or use streaming"
         )
+    if (
+        data.streaming
+        and data.max_train_samples is not None
+        and isinstance(data.train_file, list)
+        and len(data.train_file) > 1
+    ):
+        yield "max_train_samples is set and streaming reads several sources at once: give each of them a limit instead"
     if data.shuffle_buffer < 1:
         yield f"shuffle_buffer is {data.shuffle_buffer}: use at least 1 (which keeps the order of the file)"
     if data.streaming and training is not None and training.max_steps <= 0:

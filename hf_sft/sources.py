@@ -12,6 +12,13 @@ from hf_sft.conversion import convert
 
 _FORMATS = get_args(get_type_hints(DataArguments)["data_format"])
 
+# Fields of records that a format or the pipeline reads.
+FIELDS = (
+    "messages", "prompt", "completion", "generation", "question", "answer", "instruction", "input", "output", "system",
+    "history", "conversations", "conversation", "chosen", "rejected", "text", "tools", "chat_template_kwargs", "input_ids",
+    "labels",
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Source:
@@ -53,7 +60,15 @@ def read_sources(value: Any) -> list[Source]:
     items = value if isinstance(value, (list, tuple)) else [value]
     if not items:
         raise ValueError("no data file is named: the list is empty")
-    return [_source(item) for item in items]
+    found, problems = [], []
+    for number, item in enumerate(items, 1):
+        try:
+            found.append(_source(item))
+        except ValueError as error:
+            problems.append(f"item {number}: {error}" if len(items) > 1 else str(error))
+    if problems:
+        raise ValueError("; ".join(problems))
+    return found
 
 
 def _source(item: Any) -> Source:
@@ -89,3 +104,10 @@ def _check(source: Source) -> None:
         raise ValueError(f"limit {where} {source.limit}: use at least 1, or leave it out for all records")
     if source.columns and not all(isinstance(name, str) for name in source.columns.values()):
         raise ValueError(f"columns {where} {source.columns}: it maps names of fields to names in the records")
+    for name in source.columns or {}:
+        if name not in FIELDS:
+            close = difflib.get_close_matches(name, FIELDS, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"ours are {', '.join(FIELDS)}"
+            raise ValueError(
+                f"columns of the data source {source.path} names a field {name!r} that no format has; {hint}"
+            )

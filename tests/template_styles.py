@@ -78,6 +78,7 @@ _MISTRAL = (
     "{%- else %}{{- '[INST]' + SP + m.content + '[/INST]' }}{%- endif %}"
     "{%- elif m.role == 'assistant' %}{{- SP + m.content|trim + eos_token }}{%- endif %}{%- endfor %}"
 )
+_UNWRITTEN = r"does not write message 0 \(system\)"  # it stands in the last message, if that is the user's
 _DROPS_THOUGHT = "{% set text = m.content.split('</think>')[-1] if m.role == 'assistant' else m.content %}"
 _QWEN3 = (
     "{%- set ns = namespace(last=0) %}{%- for m in messages %}{%- if m.role == 'user' %}{%- set ns.last = loop.index0 %}"
@@ -131,8 +132,8 @@ STYLES: dict[str, Style] = {
     "llama-3.1": Style(
         _LLAMA31, "<|start_header_id|> <|end_header_id|> <|eot_id|>", "{}<|eot_id|>", eos="<|end_of_text|>"
     ),
-    "mistral-v0.3": Style(ALTERNATES + _MISTRAL.replace("SP", "' '"), "[INST] [/INST]", " {}</s>"),
-    "mistral-tekken": Style(_MISTRAL.replace("SP", "''"), "[INST] [/INST]", "{}</s>"),
+    "mistral-v0.3": Style(ALTERNATES + _MISTRAL.replace("SP", "' '"), "[INST] [/INST]", " {}</s>", _UNWRITTEN, ("system",)),
+    "mistral-tekken": Style(_MISTRAL.replace("SP", "''"), "[INST] [/INST]", "{}</s>", _UNWRITTEN, ("system",)),
     "gemma": Style(
         "{{ bos_token }}" + NO_SYSTEM + ALTERNATES + "{% for m in messages %}"
         "{% set role = 'model' if m.role == 'assistant' else m.role %}"
@@ -235,7 +236,7 @@ STYLES: dict[str, Style] = {
     ),
     "falcon": Style(
         loop("{{ '\n\n' if not loop.first }}{{ 'Falcon' if m.role == 'assistant' else m.role | title }}: {{ m.content }}",
-             "\n\nFalcon:"),
+             "{{ '\n\nFalcon:' }}"),
         "", None, r"does not end the assistant's message \d with a special token .*end-of-turn token", eos="<|endoftext|>",
     ),
     "falcon-3": Style(
@@ -323,7 +324,7 @@ STYLES: dict[str, Style] = {
     ),
     "solar": Style(
         loop("### {{ m.role | title }}:\n{{ m.content }}{{ '' if loop.last else '\n\n' }}", "### Assistant:\n"),
-        "", None, "does not end the assistant's message .*end-of-turn token",
+        "", None, "does not fit the conversation's render",  # the prompt is not what stands between two messages
     ),
     "deepseek-coder": Style(
         loop(

@@ -362,7 +362,8 @@ def test_unknown_key_without_neighbour():
         ({"report_to": "no_such_thing"}, "report_to is 'no_such_thing': it must be none, all"),
         ({"push_to_hub": True, "hub_strategy": "checkpoint"}, "hub_strategy is 'checkpoint' and push_to_hub is true"),
         ({"eval_split": 0.1, "eval_file": "e.jsonl"}, "eval_split and eval_file are both set"),
-        ({"eval_split": 1.5}, "eval_split is 1.5: use a share between 0 and 1, or a whole number of records"),
+        ({"eval_split": 1.5}, "eval_split is 1.5: use a share between 0 and 1, or a whole number of records from 2 on"),
+        ({"eval_split": 1}, "eval_split is 1: use a share"),
         ({"val_size": -1}, "eval_split is -1: use a share"),
         (
             {"train_file": [{"path": "a", "wait": 2}]},

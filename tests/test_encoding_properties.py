@@ -171,7 +171,7 @@ def conversations(draw: st.DrawFn, name: str) -> Messages:
     count = 2 * draw(st.integers(1, 3))
     own = texts(name)
     messages = [{"role": "assistant" if n % 2 else "user", "content": draw(own)} for n in range(count)]
-    if name not in ("gemma", "phi-3") and draw(st.booleans()):
+    if name not in ("gemma", "phi-3", "mistral-tekken") and draw(st.booleans()):
         messages.insert(0, {"role": "system", "content": draw(own)})
     return messages
 
@@ -278,6 +278,14 @@ def test_a_hundred_kilobytes_in_one_turn(name: str) -> None:
         [{"role": "user", "content": long}, {"role": "assistant", "content": "Hi"}],
     ):
         assert decoded(tokenizer, encode_conversation(tokenizer, messages)) == merged(REFERENCES[name](messages))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_thousand_turns(name: str) -> None:
+    messages = [{"role": "assistant" if n % 2 else "user", "content": f"text {n}"} for n in range(2_000)]
+    assert decoded(tokenizer_of(name), encode_conversation(tokenizer_of(name), messages)) == merged(
+        REFERENCES[name](messages)
+    )
 
 
 @functools.cache

@@ -412,3 +412,11 @@ def test_real_files_of_other_projects(shared_data) -> None:
     assert all(
         conversation.tools for conversation in conversations if any(m["role"] == "tool" for m in conversation.messages)
     )
+
+
+@pytest.mark.parametrize("key, value", [("images", ["a.png"]), ("image", "a.png"), ("audios", [{"path": "a.wav"}])])
+def test_records_with_pictures_or_sounds_are_refused(key: str, value: Any) -> None:
+    record = {"question": "<image>What is it?", "answer": "A cat"}
+    with pytest.raises(FormatError, match=f"the record has {key}, and texts alone"):
+        to_conversation({**record, key: value})
+    assert to_conversation({**record, key: []}) and to_conversation({**record, key: None})

@@ -143,6 +143,45 @@ def test_thinking_that_the_prompt_opens() -> None:
     assert spans(template(answer), messages) == ["<think>\nso\n</think>\nHello you<|im_end|>"]
 
 
+def test_a_tag_that_reaches_over_the_next_header_is_not_believed() -> None:
+    over = (
+        START
+        + "{% generation %}{{ m.content }}<|im_end|>\n{% if not loop.last %}<|im_start|>user\n{% endif %}{% endgeneration %}"
+    )
+    text = template(over).replace("<|im_start|>{{ m.role }}\n", "{% if loop.first %}<|im_start|>user\n{% endif %}")
+    assert spans(text, TWO) == PLAIN
+    always = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|im_end|>\n<|im_start|>user\n"
+        "{% endgeneration %}{% else %}{{ m.content }}<|im_end|>\n<|im_start|>assistant\n{% endif %}{% endfor %}"
+    )
+    for messages in (TWO, TWO[:2]):
+        with pytest.raises(
+            EncodingError, match="writes 'user' behind the last special token of the assistant's message 1"
+        ):
+            spans(always, messages)
+
+
+def test_a_tagged_first_turn_whose_prompt_cannot_be_rendered() -> None:
+    """The tag may hold what the prompt would: a line break, or the whole header."""
+    first = "{% if messages[0]['role'] == 'system' %}{% endif %}"
+    for answer in (
+        "<|im_start|>assistant{% generation %}\n{{ m.content }}<|im_end|>{% endgeneration %}\n",
+        "{% generation %}" + START + "{{ m.content }}<|im_end|>{% endgeneration %}\n",
+        START + "{% generation %}<think>\n\n</think>\n\n{{ m.content }}<|im_end|>{% endgeneration %}\n",
+    ):
+        with pytest.raises(EncodingError, match=r"begins with the assistant, .* train: false"):
+            spans(template(answer, first), [HELLO, HI, BYE])
+    assert spans(template(answer, first), [{**HELLO, "train": False}, HI, BYE])[0].endswith("Bye now<|im_end|>")
+
+
+def test_a_tagged_header_without_a_prompt() -> None:
+    """Tags are believed where the template writes no prompt, but not if they hold the header."""
+    strict = "{% if add_generation_prompt %}{{ raise_exception('for training only') }}{% endif %}"
+    answer = "{% generation %}" + START + "{{ m.content }}<|im_end|>\n{% endgeneration %}"
+    with pytest.raises(EncodingError, match="for training only"):
+        spans(template(answer, strict, ""), TWO)
+
+
 def test_marks_stand_where_the_tags_do() -> None:
     opened, closed = MARKS[4:]
     assert with_marks("{{ messages }}") is None

@@ -168,6 +168,7 @@ FROM_REPORT: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
     "too long for error": ("overlength", "error", {"dropped": {"overlength": 1}}, {"overlength": "error"}),
     "nothing to learn": ("nothing_to_learn", "warning", {"dropped": {"no_supervised_token": 9}}, {}),
     "special tokens": ("special_tokens_in_text", "warning", SPELLED, {}),
+    "special tokens as text": ("special_tokens_in_text", "note", SPELLED, {"special_tokens_in_text": "text"}),
     "duplicates": ("duplicates", "warning", {"duplicates": 4}, {}),
     "mixed formats": ("mixed_formats", "note", MIXED, {}),
     "preference pairs": ("preference_pairs", "note", {"formats": {"preference": 40}}, {}),

@@ -132,8 +132,57 @@ def test_an_epoch_of_a_stream_has_every_document_once(tokenizer, tmp_path, capac
             assert max(fills) <= capacity and sum(fills) / (len(fills) * capacity) > 0.95
     assert orders[0] != orders[1]
     assert names(tokenizer, stream.bins(0)) == orders[0]
-    # Sources are mixed, not read one behind the other.
-    assert 50 < sum(name.startswith("b") for name in orders[0][:750]) <= 200
+    # Sources are mixed in proportion to their sizes, not read one behind the other.
+    assert 70 < sum(name.startswith("b") for name in orders[0][:750]) < 130
+    other = StreamBins(live(files, tokenizer, seed=1), capacity, VOCABULARY)
+    assert names(tokenizer, other.bins(0)) != orders[0]
+
+
+def test_what_a_stream_draws_depends_on_seed_and_epoch(tokenizer, tmp_path) -> None:
+    """One source, one document per bin: the order is that of the buffer alone."""
+    path = numbered(tmp_path / "a.jsonl", 100)
+
+    def order(epoch: int, **changes: Any) -> list[str]:
+        return names(tokenizer, StreamBins(live(path, tokenizer, **changes), None, VOCABULARY).bins(epoch))
+
+    assert order(0, shuffle_buffer=1) == order(1, shuffle_buffer=1, seed=5) == [f"q{n}" for n in range(100)]
+    for buffer in (10, 1000):  # a part of the data, or all of them
+        orders = [
+            order(0, shuffle_buffer=buffer),
+            order(1, shuffle_buffer=buffer),
+            order(0, shuffle_buffer=buffer, seed=1),
+        ]
+        assert len({tuple(each) for each in orders}) == 3
+        assert all(sorted(each) == sorted(orders[0]) for each in orders)
+    assert sorted(order(0, max_train_samples=7)) == [f"q{n}" for n in range(7)]
+
+
+def test_how_a_fraction_of_a_stream_is_drawn(tokenizer, tmp_path) -> None:
+    files = {"path": numbered(tmp_path / "a.jsonl", 100), "weight": 0.5, "limit": 60}
+    stream = StreamBins(live(files, tokenizer), None, VOCABULARY)
+    first, again, next_ = (sorted(names(tokenizer, stream.bins(epoch))) for epoch in (0, 0, 1))
+    assert first == again != next_ and 15 < len(first) < 45
+    assert set(first) <= {f"q{n}" for n in range(60)}
+
+
+def test_two_sources_are_mixed_anew_with_another_seed(tokenizer, tmp_path) -> None:
+    files = [numbered(tmp_path / f"{n}.jsonl", 50, n) for n in "ab"]
+    orders = {
+        tuple(names(tokenizer, StreamBins(live(files, tokenizer, seed=seed, shuffle_buffer=1), None, VOCABULARY).bins(epoch)))
+        for seed in (0, 1) for epoch in (0, 1)
+    }  # fmt: skip
+    assert len(orders) == 4
+
+
+def test_a_pass_of_a_stream_is_accounted_for(tokenizer, tmp_path, caplog) -> None:
+    records = [{"question": "a", "answer": "b"}, {"question": "a", "answer": "b" * 400}, {"question": 1, "answer": "b"}]
+    path = runs.write_jsonl(tmp_path / "a.jsonl", records)
+    caplog.set_level("INFO", logger="hf_sft")
+    list(StreamBins(live(path, tokenizer, bad_records="skip"), 256, VOCABULARY).bins(0))
+    assert (
+        "3 records read in pass 0 of the stream, 1 kept; left out: 1 too long (overlength), 1 question is int"
+        in caplog.text
+    )
 
 
 def test_weights_of_a_stream(tokenizer, tmp_path) -> None:

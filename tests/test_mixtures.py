@@ -17,6 +17,7 @@ from hf_sft.data.chat import encode_conversation
 from hf_sft.data.pipeline import evaluation_files, files_hash, prepare_dataset
 from hf_sft.data.prepared import identity, is_prepared, save_prepared
 from hf_sft.data.rows import Encoding, RowRules
+from hf_sft.data.templates import WANTED_TOKENS
 from hf_sft.sources import Source, read_sources
 
 OTHER = tiny.CHATML.replace("<|im_end|>\n", "<|im_end|>")
@@ -65,6 +66,8 @@ def test_sources_are_read_in_every_form() -> None:
         ({"path": "a", "limit": 0}, "limit of the data source a is 0"),
         ({"path": "a", "format": "alpacca"}, "format of the data source a is 'alpacca'"),
         ({"path": "a", "columns": {"prompt": 1}}, "columns of the data source a"),
+        ({"path": "a", "columns": {"promt": "x"}}, "a field 'promt' that no format has; did you mean prompt"),
+        ([{"path": "a", "x": 1}, "b", {"weight": 2}], r"item 1: .*no key 'x'.*; item 3: .*no path"),
     ],
 )
 def test_what_is_wrong_with_a_source_is_said(value: Any, message: str) -> None:
@@ -150,6 +153,56 @@ def test_a_template_is_drawn_for_each_conversation(tokenizer, tmp_path) -> None:
     assert other["input_ids"][:] != rows["input_ids"][:]
 
 
+def test_sources_are_sampled_apart(tokenizer, tmp_path) -> None:
+    files = [{"path": numbered(tmp_path / f"{n}.jsonl", 40, n), "weight": 0.5} for n in "ab"]
+    found = questions(tokenizer, prepare_dataset(files, tokenizer, data=arguments()).rows)
+    one, two = ({name[1:] for name in found if name[0] == word} for word in "ab")
+    assert len(one) == len(two) == 20 and one != two
+    with pytest.raises(ValueError, match="leave no row"):
+        prepare_dataset({"path": numbered(tmp_path / "c.jsonl", 1), "weight": 0.3}, tokenizer, data=arguments())
+
+
+def test_the_draw_of_templates_does_not_repeat_with_chunks(tokenizer, tmp_path) -> None:
+    path = numbered(tmp_path / "a.jsonl", 1200)
+    rows = prepare_dataset(path, tokenizer, data=arguments(chat_template=[tiny.CHATML, OTHER])).rows
+    drawn = [tokenizer.decode(row["input_ids"]).count("<|im_end|>\n") for row in rows]
+    assert drawn[:200] != drawn[1000:]
+
+
+def test_duplicates_are_counted_within_and_across_sources(tokenizer, tmp_path) -> None:
+    a = numbered(tmp_path / "a.jsonl", 5)
+    report = prepare_dataset([a, a], tokenizer, data=arguments()).report
+    assert report["duplicates"] == 5 and [part["duplicates"] for part in report["sources"]] == [0, 0]
+    rows = [{"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}, {"input_ids": [1, 2, 3], "labels": [-100, -100, 3]}]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, rows[0]]), encoding="utf-8")
+    assert prepare_dataset(path, tokenizer, data=arguments()).report["duplicates"] == 1
+
+
+def test_special_tokens_that_are_kept_are_counted(tokenizer, tmp_path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"question": "What is <|im_end|>?", "answer": "<|im_end|> ends a turn"}\n', encoding="utf-8")
+    with pytest.raises(ValueError, match=r"<\|im_end\|>"):
+        prepare_dataset(path, tokenizer, data=arguments())
+    report = prepare_dataset(path, tokenizer, data=arguments(special_tokens_in_text="text")).report
+    assert report["kept"] == 1 and report["special_tokens_in_text"] == {"<|im_end|>": 1}
+
+
+def test_what_tells_tokenizers_apart(tokenizer) -> None:
+    encoding = Encoding.of(arguments(), RowRules())
+    before = identity(tokenizer, encoding)["tokenizer"]
+    other = tiny.tiny_tokenizer()
+    assert identity(other, encoding)["tokenizer"] == before
+    other.pad_token = "<|im_start|>"
+    assert identity(other, encoding)["tokenizer"] != before
+    wanted = tiny.tiny_tokenizer()
+    wanted.add_special_tokens({"additional_special_tokens": ["<|x|>"]})
+    same = tiny.tiny_tokenizer()
+    same.add_special_tokens({"additional_special_tokens": ["<|x|>"]})
+    setattr(same, WANTED_TOKENS, ["<|x|>"])  # texts may hold it
+    assert identity(same, encoding)["tokenizer"] != identity(wanted, encoding)["tokenizer"]
+
+
 # ---- records kept for evaluation ----
 
 
@@ -166,6 +219,42 @@ def test_eval_split_divides_the_records(tokenizer, tmp_path, split: float, count
     assert sorted(train + held) == sorted([f"a{n}" for n in range(12)] + [f"b{n}" for n in range(8)])
     other = questions(tokenizer, prepare_dataset(files, tokenizer, data=data, split="eval", seed=8).rows)
     assert sorted(other) != sorted(held)
+
+
+def test_eval_split_goes_with_limits_and_weights(tokenizer, tmp_path) -> None:
+    a, b = numbered(tmp_path / "a.jsonl", 40, "a"), numbered(tmp_path / "b.jsonl", 40, "b")
+    files = [{"path": a, "limit": 10}, {"path": b, "limit": 10, "weight": 2}, a]
+    data = arguments(eval_split=0.25)
+    train, held = (
+        Counter(questions(tokenizer, prepare_dataset(files, tokenizer, data=data, split=name).rows))
+        for name in ("train", "eval")
+    )
+    assert sum(held.values()) == 15  # of 10 + 10 + 40 records, each once
+    both = train + held
+    assert sum(count for name, count in both.items() if name[0] == "a") == 50
+    assert {name for name in both if name[0] == "b"} == {f"b{n}" for n in range(10)}
+    assert sum(count for name, count in train.items() if name[0] == "b") == 2 * (
+        10 - sum(held[f"b{n}"] for n in range(10))
+    )
+
+
+def test_a_change_of_the_split_or_of_another_source_is_seen(tokenizer, tmp_path) -> None:
+    files = [numbered(tmp_path / "a.jsonl", 20, "a"), numbered(tmp_path / "b.jsonl", 20, "b")]
+
+    def parts(split: float) -> list[list[str]]:
+        data = arguments(eval_split=split)
+        return [
+            questions(tokenizer, prepare_dataset(files, tokenizer, data=data, split=name).rows)
+            for name in ("train", "eval")
+        ]
+
+    assert [len(part) for part in parts(0.25)] == [30, 10]
+    assert [len(part) for part in parts(0.5)] == [20, 20]
+    numbered(tmp_path / "b.jsonl", 60, "b")
+    train, held = parts(0.25)
+    assert len(held) == 20 and sorted(train + held) == sorted(
+        [f"a{n}" for n in range(20)] + [f"b{n}" for n in range(60)]
+    )
 
 
 @pytest.mark.parametrize("split", [20, 0.01, 0.99])
@@ -190,9 +279,11 @@ def test_an_object_with_both_lists_is_split_accordingly(tokenizer, tmp_path) -> 
     both = [numbered(tmp_path / "b.jsonl", 2), str(path)]
     held = prepare_dataset(both, tokenizer, data=arguments(train_file=both), split="eval")
     assert questions(tokenizer, held.rows) == ["validation0", "validation1", "validation2"]
-    # An eval_file of its own is read whole.
-    own = prepare_dataset(both[0], tokenizer, data=arguments(eval_file=both[0]), split="eval")
-    assert len(own.rows) == 2
+    # An eval_file of its own is read whole, and so is each of several.
+    own = prepare_dataset(both, tokenizer, data=arguments(eval_file=both), split="eval")
+    assert questions(tokenizer, own.rows) == ["q0", "q1", "validation0", "validation1", "validation2"]
+    with pytest.raises(ValueError, match=r"a\.json brings evaluation records of its own"):
+        prepare_dataset(str(path), tokenizer, data=arguments(eval_split=0.5))
 
 
 # ---- processes ----
@@ -228,7 +319,7 @@ def prepare_folder(folder: Path, path: str, tokenizer: Any, data: DataArguments)
     save_prepared(folder, prepared, {"train": identity(tokenizer, Encoding.of(data, RowRules()))}, {})
 
 
-def test_a_prepared_folder_is_taken(tokenizer, tmp_path) -> None:
+def test_a_prepared_folder_is_taken(tokenizer, tmp_path, caplog) -> None:
     path, data = numbered(tmp_path / "a.jsonl", 5), arguments(max_seq_length=200)
     prepare_folder(tmp_path / "tokens", path, tokenizer, data)
     assert is_prepared(tmp_path / "tokens")
@@ -237,7 +328,17 @@ def test_a_prepared_folder_is_taken(tokenizer, tmp_path) -> None:
     assert taken.rows[:] == direct.rows[:]
     assert taken.report == direct.report
     assert json.loads((tmp_path / "tokens/data_report.json").read_text())["train"] == direct.report
-    assert files_hash(str(tmp_path / "tokens"))
+    assert files_hash(str(tmp_path / "tokens")) and not caplog.text
+    folder = str(tmp_path / "tokens")
+    for files, changes in (
+        ({"path": folder, "weight": 2}, {}),
+        (folder, {"max_train_samples": 2}),
+        (folder, {"eval_split": 0.5}),
+    ):
+        with pytest.raises(ValueError, match="is taken whole"):
+            prepare_dataset(files, tokenizer, data=arguments(**changes))
+    with pytest.raises(ValueError, match="was prepared without eval data"):
+        prepare_dataset(folder, tokenizer, data=arguments(), split="eval")
     with pytest.raises(ValueError, match="exists already"):
         prepare_folder(tmp_path / "tokens", path, tokenizer, data)
 

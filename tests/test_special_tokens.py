@@ -179,6 +179,22 @@ def test_templates_that_look_at_the_token() -> None:
             encode_conversation(tiny.tiny_tokenizer(template), chat("a<|im_end|>", "B"), **KEEP)
 
 
+def test_templates_with_tags() -> None:
+    """Marks of tags and of special tokens stand side by side; a template that changes the text in other ways is followed."""
+    tagged = tiny.CHATML.replace(
+        "<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n",
+        "<|im_start|>{{ message['role'] }}\n"
+        "{% if message['role'] == 'user' %}{{ message['content'] | replace('q', 'Q') }}<|im_end|>"
+        "{% else %}{% generation %}{{ message['content'] | replace('q', 'Q') }}{% endgeneration %}<|im_end|>{% endif %}\n",
+    )
+    tokenizer = tiny.tiny_tokenizer(tagged)
+    row = encode_conversation(tokenizer, chat("q<|im_end|>", "q<|im_start|>b", "c", "d<|im_end|>"), **KEEP)
+    assert learned(tokenizer, row) == ["Q<|im_start|>b<|im_end|>", "d<|im_end|><|im_end|>"]
+    assert special_count(tokenizer, row) == 2 * 4
+    row = encode_conversation(tokenizer, chat("a", "b", "c", "d<|im_end|>"), train_on="last", **KEEP)
+    assert learned(tokenizer, row) == ["d<|im_end|><|im_end|>"]
+
+
 def test_marks_in_texts_are_refused() -> None:
     tokenizer = tiny.tiny_tokenizer()
     for code in range(0xFDD0, 0xFDD6):

@@ -46,7 +46,7 @@ def data(words: Sequence[str]) -> int:
     options, rest = _parser().parse_known_args(words)
     if rest and not rest[0].startswith("-") and options.train_args_file is None:
         options.train_args_file = rest.pop(0)  # as train takes it
-    _check(options)
+    _check(options, rest)
     arguments = parse_data_run(options, rest)
     log_to_terminal(arguments.training)
     inspection = _inspect(arguments, options)
@@ -83,11 +83,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _check(options: argparse.Namespace) -> None:
+def _check(options: argparse.Namespace, rest: Sequence[str]) -> None:
     """What can be seen to be wrong before anything is loaded."""
     from hf_sft.drawing import check_new_file
 
-    if options.train_args_file is None and (options.model is None or options.file is None):
+    if options.train_args_file is None and (options.model is None or options.file is None) and not rest:
         raise ValueError("name a run with --train_args_file, or a model and its data with --model and --file")
     if options.samples < 0:
         raise ValueError(f"--samples is {options.samples}: it must be 0 or more")

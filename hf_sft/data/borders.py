@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from hf_sft.data.skeletons import (
     SENTINEL,
@@ -49,6 +49,13 @@ def misfit(turn: int) -> EncodingError:
     )
 
 
+def starts_with_assistant(why: str) -> EncodingError:
+    return EncodingError(
+        f"the conversation begins with the assistant, and {why}, so where the model starts to write is not certain; begin with "
+        "a user or system message, or mark message 0 with train: false"
+    )
+
+
 def find_start(render: Render, skeleton: Skeleton, turn: int, markers: Markers) -> tuple[int, bool]:
     """Where the model starts to write: the generation prompt's end, as far as the turn begins with that prompt.
 
@@ -64,11 +71,7 @@ def find_start(render: Render, skeleton: Skeleton, turn: int, markers: Markers) 
     except TemplateRefusal:
         if turn:
             raise
-        raise EncodingError(
-            "the conversation begins with the assistant, and the chat template cannot write a prompt without messages, so "
-            "where the model starts to write is not certain; begin with a user or system message, or mark message 0 with "
-            "train: false"
-        ) from None
+        raise starts_with_assistant("the chat template cannot write a prompt without messages") from None
     after_prompt, after_full, anchor = anchors(prompt, full, len(prompt))
     first_own = skeleton.first_own(turn)
     if first_own < after_full:
@@ -79,15 +82,24 @@ def find_start(render: Render, skeleton: Skeleton, turn: int, markers: Markers) 
         return after_full + shared, True
     # The turn is written otherwise than the prompt announces it (a history without its empty think block, say). What
     # follows the last common border is not in the prompt; the message before must stand before it, and be closed by then.
+    rest = tail[shared:].strip()
     if after_full + shared < first_own or first_own == len(full):
         shared = _last_border(tail, shared, markers)
-    if turn and (anchor < 0 or skeleton.masked.slots[anchor].message != turn - 1):
+    if not turn:  # a default system prompt may stand there
+        raise starts_with_assistant("the chat template does not begin it with its generation prompt")
+    if anchor < 0 or skeleton.masked.slots[anchor].message != turn - 1:
         raise misfit(turn)
     closed = render(before, False)
     after_closed, after, _ = anchors(closed, full, len(closed))
-    needed = _last_border(full[after:first_own], shared_length(full[after:first_own], closed[after_closed:]), markers)
+    needed = shared_length(full[after:first_own], closed[after_closed:])
+    if needed < len(closed) - after_closed:
+        needed = _last_border(full[after:first_own], needed, markers)
     if after != after_full or shared < needed or SLOT.search(tail, shared):
         raise misfit(turn)
+    following = SLOT.search(full, after_full + shared)
+    behind = full[after_full + shared : following.start() if following else len(full)]
+    if (rest and rest in behind) or set(markers.special.findall(tail, shared)) & set(markers.special.findall(behind)):
+        raise misfit(turn)  # what the two do not share is written all the same: a line break keeps a header apart, say
     return after_full + shared, False
 
 
@@ -109,8 +121,8 @@ def find_end(
     A turn ends alike whether it is the last one or not: the end-of-turn token is the last special token that both
     renders share. Where they share none, it is the first one after the text: of two that differ (``<|return|>`` and
     ``<|end|>``) the one that is written, or the token that begins the next message (``<|user|>``), if it does not begin the
-    assistant's turns as well. Where the last turn has none at all, it is the one that the template writes there as soon as
-    the conversation goes on.
+    assistant's turns as well, and is what the template writes before a user's message (after a tool call: a tool's). Where
+    the last turn has none at all, it is the one that the template writes there as soon as the conversation goes on.
 
     Args:
         region: the turn as the template's tags mark it. If it ends with a special token, nothing behind it is the end; if a
@@ -130,25 +142,65 @@ def find_end(
     common = _compare(full, other, text_end, stop)
     if other is not None and not common.over:
         _refuse_unseen(skeleton, turn)
-    found = list(special.finditer(full, text_end, stop))
-    shared = [match for match in found if match.end() <= common.stop and match[0] not in markers.openers]
+    found = [match for match in special.finditer(full, text_end, stop) if match[0] not in markers.openers]
+    shared = [match for match in found if match.end() <= common.stop]
     if shared and (common.over or _nothing_follows(full, shared[-1].end(), common.stop, markers)):
+        if common.over and (more := full[shared[-1].end() : common.stop].strip()):
+            raise EncodingError(
+                f"the chat template writes {more[:40]!r} behind the last special token of the assistant's message {turn}, so "
+                "which token ends the turn is not certain; use another chat_template"
+            )
         return End(shared[-1].start(), shared[-1][0])
     if tagged is not None:
         return tagged
     written = full[:stop] + common.more
     following = SLOT.search(written, stop)
+    behind = list(special.finditer(written, text_end, following.start() if following else len(written)))
     over = common.stop if common.over else text_end
-    first = special.search(written, over, following.start() if following else len(written))
-    if first is None or written[over : first.start()].strip() or first[0] in markers.openers:
+    first = next((match for match in behind if match.start() >= over), None)
+    opener = next((match for match in behind if match[0] in markers.openers), None)
+    if first is None or written[over : first.start()].strip() or (opener and opener.start() <= first.start()):
         _refuse_unseen(skeleton, turn)
-        raise _no_end(turn, written[text_end:], next((match[0] for match in [*found, first] if match), None), markers)
+        raise _no_end(turn, written[text_end:], opener)
     if other is None and is_last and len(found) > 1:
         raise EncodingError(
             f"which of {', '.join(match[0] for match in found)} ends the assistant's message {turn} is not certain, as the chat "
             "template does not let the conversation go on; use another chat_template"
         )
+    if not is_last and (common.over or other is None):
+        _check_next(render, skeleton, turn, first, over, markers)
     return End(first.start(), first[0], written[len(full) : first.end()])
+
+
+def _check_next(
+    render: Render, skeleton: Skeleton, turn: int, token: re.Match[str], over: int, markers: Markers
+) -> None:
+    """Raise EncodingError if the ``token`` behind a turn that is ``over`` is not the one that stops the model: where another
+    message follows than a user's or a tool's result, it may be that message's header."""
+    messages, full = skeleton.masked.messages, skeleton.text
+    probe = _next_message(messages[turn])
+    if messages[turn + 1]["role"] == probe["role"]:
+        return
+    try:
+        other = render([*messages[: turn + 1], probe], False)
+    except EncodingError:
+        found = None
+    else:
+        after_full, after_other, _ = anchors(full, other, over)
+        at = after_other + over - after_full
+        found = markers.special.search(other, at) if other[after_other:at] == full[after_full:over] else None
+    if found is None or found[0] != token[0]:
+        raise EncodingError(
+            f"the chat template ends the assistant's message {turn} with nothing but the begin of the next message "
+            f"({token[0]!r}), and this is {messages[turn + 1]['role']!r}, so the model would not learn to stop; join the two "
+            f"messages, put a message of role {probe['role']} between them, mark message {turn} with train: false, or use "
+            "another chat_template"
+        )
+
+
+def _next_message(message: dict[str, Any]) -> dict[str, Any]:
+    """A message that comes behind one of the assistant, at inference: the result of its tool call, or the user's."""
+    return {"role": "tool" if message.get("tool_calls") else "user", "content": SENTINEL.format(_NOBODY)}
 
 
 class _Common(NamedTuple):
@@ -200,13 +252,13 @@ def _end_of_region(full: str, end: int, text_end: int, stop: int, markers: Marke
     return (behind.end() if behind else stop), None
 
 
-def _no_end(turn: int, behind: str, token: str | None, markers: Markers) -> EncodingError:
-    """The reason where no token ends a turn: what comes behind its text, and the first special token there."""
-    if token in markers.openers and not behind.partition(token)[0].strip():
+def _no_end(turn: int, behind: str, opener: re.Match[str] | None) -> EncodingError:
+    """The reason where no token ends a turn: what comes behind its text, and the special token that begins the next one."""
+    if opener and not behind.partition(opener[0])[0].strip():
         return EncodingError(
-            f"the chat template does not end the assistant's message {turn}: the next special token is {token!r}, which begins "
-            "every turn, so the model would not learn to stop; use another chat_template, or write an end-of-turn token "
-            "behind the text in this one"
+            f"the chat template does not end the assistant's message {turn}: the next special token is {opener[0]!r}, which "
+            "begins every turn, so the model would not learn to stop; use another chat_template, or write an end-of-turn "
+            "token behind the text in this one"
         )
     return EncodingError(
         f"the chat template does not end the assistant's message {turn} with a special token of this tokenizer "
@@ -219,8 +271,7 @@ def _render_otherwise(render: Render, messages: Messages, turn: int) -> tuple[st
     """The turn as the last one if it is not, else followed by another message (None if the template refuses that); and whether
     it is the last."""
     is_last = turn + 1 == len(messages)
-    role = "tool" if messages[turn].get("tool_calls") else "user"
-    others = [*messages, {"role": role, "content": SENTINEL.format(_NOBODY)}] if is_last else messages[: turn + 1]
+    others = [*messages, _next_message(messages[turn])] if is_last else messages[: turn + 1]
     try:
         return render(others, False), is_last
     except EncodingError:
@@ -229,14 +280,26 @@ def _render_otherwise(render: Render, messages: Messages, turn: int) -> tuple[st
 
 def find_openers(render: Render, special: re.Pattern[str], bos: str | None) -> frozenset[str]:
     """Special tokens that begin any turn, so that none of them ends one: a BOS that is not the end of texts as well, and what
-    stands both before the first message and in the generation prompt."""
+    stands both before the first message and between a question's end and its answer."""
     openers = {bos} if bos else set()
-    user = {"role": "user", "content": SENTINEL.format(0)}
+    question, answer = ({"role": role, "content": SENTINEL.format(n)} for n, role in enumerate(("user", "assistant")))
     try:
-        prompt, closed = render([user], True), render([user], False)
+        closed, full = render([question], False), render([question, answer], False)
     except EncodingError:
         return frozenset(openers)
-    before, _, header = prompt.partition(user["content"])
-    if prompt != closed and prompt.startswith(closed):
-        header = prompt.removeprefix(closed)
-    return frozenset(openers | (set(special.findall(before)) & set(special.findall(header))))
+    try:
+        prompt = render([question], True)
+    except EncodingError:  # a template for training alone
+        prompt = None
+    end = closed.partition(question["content"])[2]
+    before, _, between = full.partition(answer["content"])[0].partition(question["content"])
+    header = special.findall(_from_special(between, end, special))
+    if not header and prompt == closed:  # it may be that the prompt is always there
+        header = special.findall(between)
+    return frozenset(openers | (set(special.findall(before)) & set(header)))
+
+
+def _from_special(text: str, other: str, special: re.Pattern[str]) -> str:
+    """``text`` from the special token on in which it and ``other`` part, or from the place where they do."""
+    shared = shared_length(text, other)
+    return text[next((m.start() for m in special.finditer(text) if m.start() <= shared < m.end()), shared) :]

@@ -9,6 +9,7 @@ tokenised before the answer exists. A piece after an answer begins with the end-
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -186,15 +187,15 @@ class ChatEncoder:
         tools = conversation.tools
         kwargs = {**self.template_kwargs, **(conversation.template_kwargs or {})}
         met = self._special_in(messages, tools)
+        messages, shown = self._render_first(messages, tools, kwargs)
         if met:
-            shown = self._render(self.template, messages, tools, kwargs, False)
             refuse_marks(shown)
             messages, tools = self.hidden.hide(messages), self.hidden.hide(tools)
 
         def render(turns: Messages, generation_prompt: bool) -> str:
             return self._render(self.template, turns, tools, kwargs, generation_prompt)
 
-        text = render(messages, False)
+        text = render(messages, False) if met else shown
         if not met:
             refuse_marks(text)
         elif self.hidden.show(text) != shown:
@@ -206,20 +207,23 @@ class ChatEncoder:
         turns = _turns_to_find(conversation.messages, train_on)
         # The turns of "all" are those that are left out of it, with the tokens that end them.
         around, inside, after = (ALL, NONE, REST) if train_on == "all" else (NONE, ALL, FIRST)
-        if not turns:
-            return self._cut([Piece(text, around)], met)
         marked = self.marked_template
         rendering = Rendering(
-            render, None if marked is None else lambda turns: self._render(marked, turns, tools, kwargs, False)
+            render,
+            None if marked is None else lambda turns: self._render(marked, turns, tools, kwargs, False),
+            None if not tools else lambda turns: self._render(self.template, turns, None, kwargs, False),
         )
         context = f"{tools} {kwargs}" if tools or kwargs else ""
+        if not turns:
+            self.finder.check_written(rendering, text, messages, context)
+            return self._cut([Piece(text, around)], met)
         spans, behind = self.finder.find(rendering, text, messages, turns, context)
         text += behind
         pieces: list[Piece] = []
         position, learned = 0, around
         for span in spans:
             pieces.append(Piece(text[position : span.start], learned, ends=bool(pieces)))
-            pieces.append(Piece(text[span.start : span.end], inside, "continues"))
+            pieces.append(Piece(text[span.start : span.end], inside, self.pieces.continues))
             position, learned = span.end, after
         if self.end_tail and train_on != "all" and turns[-1] == len(messages) - 1:
             pieces.append(Piece(spans[-1].end_token, ALL, ends=True, times=1 + self.end_tail))
@@ -227,8 +231,27 @@ class ChatEncoder:
             pieces.append(Piece(text[position:], learned, ends=True))
         return self._cut(pieces, met)
 
+    def _render_first(
+        self, messages: Messages, tools: list[Any] | None, kwargs: dict[str, Any]
+    ) -> tuple[Messages, str]:
+        """The messages as the template takes them, and their render: the arguments of tool calls are objects or, where the
+        template fails to add these to a text, JSON text (with an empty content in place of none)."""
+        try:
+            return messages, self._render(self.template, messages, tools, kwargs, False)
+        except TemplateRefusal as refusal:
+            filled = [{**m, "content": m.get("content") or ""} if m.get("tool_calls") else m for m in messages]
+            written = [_with_written_arguments(message) for message in filled]
+            if written == filled:
+                raise
+            try:
+                self._render(self.template, filled, tools, kwargs, False)
+            except TemplateRefusal as error:
+                if error.kind == "TypeError":
+                    return written, self._render(self.template, written, tools, kwargs, False)
+            raise refusal
+
     def _cut(self, pieces: list[Piece], met: list[str]) -> list[Piece]:
-        return [part for piece in pieces for part in self.hidden.cut(piece)] if met else pieces
+        return [part for piece in pieces for part in self.hidden.cut(piece, self.pieces.continues)] if met else pieces
 
     def _render(
         self, template: str, messages: Messages, tools: list[Any] | None, kwargs: dict[str, Any], prompt: bool
@@ -247,7 +270,7 @@ class ChatEncoder:
             text.encode("utf-8")
         except Exception as error:  # a template is code: it may raise whatever it likes
             raise TemplateRefusal(
-                f"the chat template refuses the conversation: {type(error).__name__}: {error}"
+                f"the chat template refuses the conversation: {type(error).__name__}: {error}", type(error).__name__
             ) from None
         return text
 
@@ -269,7 +292,7 @@ class ChatEncoder:
     def _assemble(self, plan: list[Piece], ids: dict[Key, list[int] | EncodingError]) -> TokenRow | EncodingError:
         row = TokenRow(input_ids=[], labels=[])
         for piece in plan:
-            tokens = ids[self.pieces.key(piece)]
+            tokens = ids[piece.text, piece.place]
             if isinstance(tokens, EncodingError):
                 return tokens
             if piece.ends and tokens[0] not in self.pieces.special_ids:
@@ -283,6 +306,22 @@ class ChatEncoder:
             row["input_ids"] += tokens
             row["labels"] += labels
         return row
+
+
+def _with_written_arguments(message: dict[str, Any]) -> dict[str, Any]:
+    """The message with the arguments of its tool calls as JSON text."""
+    if not message.get("tool_calls"):
+        return message
+    calls = []
+    for call in message["tool_calls"]:
+        function = call.get("function")
+        if isinstance(function, dict) and isinstance(function.get("arguments"), dict):
+            call = {
+                **call,
+                "function": {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)},
+            }
+        calls.append(call)
+    return {**message, "tool_calls": calls}
 
 
 def _turns_to_find(messages: Sequence[dict[str, Any]], train_on: TrainOn) -> tuple[int, ...]:

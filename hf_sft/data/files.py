@@ -41,7 +41,17 @@ from hf_sft.data.tables import (
     sizes_of,
 )
 
-__all__ = ["BadRecord", "Record", "check_file", "content_hash", "decoder", "parts_of", "read_records", "shorten"]
+__all__ = [
+    "BadRecord",
+    "Record",
+    "check_file",
+    "content_hash",
+    "decoder",
+    "parts_of",
+    "read_records",
+    "shorten",
+    "size_of",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -180,6 +190,14 @@ def content_hash(
     names = [file.relative_to(folder).as_posix() for file in files]
     with _reading(folder):
         return cache_key({"names": names, "contents": hash_files(files, contents=not streaming)})
+
+
+def size_of(path: str | Path) -> int:
+    """Bytes of a file or of all files of a folder; 1 for a data set of the hub, whose size is not known."""
+    place = Path(path)
+    if place.is_dir():
+        return sum(file.stat().st_size for file in _all_files(place)) or 1
+    return place.stat().st_size or 1 if place.is_file() else 1
 
 
 def _fingerprint(rows: Any) -> str:

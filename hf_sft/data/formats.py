@@ -160,6 +160,7 @@ def to_conversation(value: Any, data_format: str = "auto") -> Conversation:
         record = with_lists(value)
         row = _row(record, data_format)
         fields = record if isinstance(record, dict) else {}
+        _refuse_media(fields)
         messages = row.messages(record)
         if row.name != "preference":  # which has put it into the prompt
             messages = with_system(fields.get("system"), as_list(messages))
@@ -167,6 +168,13 @@ def to_conversation(value: Any, data_format: str = "auto") -> Conversation:
         return Conversation(check_messages(messages), tools_of(fields), kwargs, row.name)
     except RecursionError:
         raise FormatError("the record is nested too deeply") from None
+
+
+def _refuse_media(fields: dict[str, Any]) -> None:
+    """Raise for a record with pictures or sounds beside its text, which would be learned without them."""
+    for key in ("image", "images", "video", "videos", "audio", "audios"):
+        if not absent(fields.get(key)) and fields[key] != []:
+            raise FormatError(f"the record has {key}, and texts alone are learned here; take such records out")
 
 
 def _row(record: Any, data_format: str) -> Format:

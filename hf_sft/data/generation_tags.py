@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-from hf_sft.data.skeletons import MARKS, Messages, Skeleton, assistant_turns, sentinels_in
+from hf_sft.data.skeletons import MARKS, SLOT, Markers, Messages, Skeleton, assistant_turns, sentinels_in
 
 _TAG = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
 _OPEN, _CLOSE = MARKS[4], MARKS[5]
@@ -50,9 +50,9 @@ def split_marks(text: str) -> tuple[str, list[tuple[int, int]]] | None:
     return None if start is not None else ("".join(parts[0::2]), regions)
 
 
-def regions_of_turns(skeleton: Skeleton, marked: str) -> dict[int, tuple[int, int]]:
+def regions_of_turns(skeleton: Skeleton, marked: str, markers: Markers) -> dict[int, tuple[int, int]]:
     """The region of each assistant's turn in the skeleton; none at all unless the tags mark each turn once, in order, with all
-    of its texts.
+    of its texts and nothing of the next message.
 
     Args:
         marked: the skeleton's render with marks.
@@ -64,7 +64,19 @@ def regions_of_turns(skeleton: Skeleton, marked: str) -> dict[int, tuple[int, in
     for turn, (start, end) in zip(turns, found[1], strict=True):
         if sentinels_in(skeleton.text, start, end) != set(skeleton.own(turn)):
             return {}
+        if _reaches_over(skeleton, turn, (start, end), markers):
+            return {}
     return dict(zip(turns, found[1], strict=True))
+
+
+def _reaches_over(skeleton: Skeleton, turn: int, region: tuple[int, int], markers: Markers) -> bool:
+    """Whether a turn's region holds the next message's header: behind the turn's last text an opener, or text between or behind
+    the special tokens there (those of a tool call may stand around its arguments)."""
+    after = max((match.end() for match in SLOT.finditer(skeleton.text, *region)), default=region[1])
+    rest = skeleton.text[after : region[1]]
+    if skeleton.masked.messages[turn].get("tool_calls"):
+        return markers.opens(rest)
+    return markers.opens(rest) or any(part.strip() for part in markers.special.split(rest)[1:])
 
 
 def regions_in_text(text: str, marked: str, messages: Messages) -> list[tuple[int, int]] | None:

@@ -6,6 +6,7 @@ documents. Both depend on (seed, epoch) alone, so that a resume goes on where it
 
 from __future__ import annotations
 
+import bisect
 import copy
 import itertools
 import json
@@ -21,7 +22,7 @@ from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from hf_sft.arguments import DataArguments
 from hf_sft.data.bins import EMPTY
-from hf_sft.data.files import BadRecord, Record, read_records
+from hf_sft.data.files import BadRecord, Record, read_records, size_of
 from hf_sft.data.packing import pack_documents
 from hf_sft.data.pipeline import reasons, refuse
 from hf_sft.data.prepared import weighted
@@ -45,12 +46,14 @@ class LiveSource:
         open: gives the records from the first on.
         encoder: makes token rows.
         weight: as ``Source.weight``.
+        size: bytes, or what there is of the kind; a stream draws from larger sources more often.
     """
 
     name: str
     open: Callable[[], Iterator[Record]]
     encoder: RowEncoder
     weight: float = 1.0
+    size: float = 1.0
 
 
 class LiveRecords:
@@ -78,7 +81,8 @@ class LiveRecords:
             _ = encoder.encoders  # a template that is missing is told now
             how: dict[str, Any] = {"texts": data.task_type == "pretrain", "streaming": data.streaming}
             opened = partial(read_records, source.path, part="train", **how, **source.place)
-            sources.append(LiveSource(source.path, partial(_first, opened, source.limit), encoder, source.weight))
+            opened = partial(_first, opened, source.limit)
+            sources.append(LiveSource(source.path, opened, encoder, source.weight, size_of(source.path)))
         return cls(sources, data, seed)
 
     @classmethod
@@ -114,8 +118,10 @@ def _examples(examples: Iterable[Any]) -> Iterator[Record]:
     return (Record(number, value, "example") for number, value in enumerate(examples))
 
 
-def _rows(source: LiveSource, records: list[Record], data: DataArguments, embedding_rows: int) -> list[Item]:
-    """The token rows of the records that can be used.
+def _rows(
+    source: LiveSource, records: list[Record], data: DataArguments, embedding_rows: int, counts: RowCounts
+) -> list[Item]:
+    """The token rows of the records that can be used; what became of all goes into ``counts``.
 
     Raises:
         ValueError: bad records (with ``bad_records: error``), documents that are too long (with ``overlength: error``), or
@@ -125,6 +131,7 @@ def _rows(source: LiveSource, records: list[Record], data: DataArguments, embedd
     refuse(chunk, chunk.counts, data.bad_records)
     if chunk.counts.bad:
         logger.warning("left out: %s", "; ".join(chunk.counts.bad_examples))
+    counts.add(chunk.counts)
     columns = [chunk.rows.column(name) for name in ("input_ids", "labels")]
     rows = [
         {"input_ids": ids.values.to_numpy(), "labels": labels.values.to_numpy()}
@@ -185,8 +192,16 @@ class LazyBins(Dataset):
             return []
         source, place = self.places[number]
         record = Record(*json.loads(self.tables[source][int(place)].as_py()))
-        rows = _rows(self.live.sources[source], [record], self.live.data, self.embedding_rows)
+        counts = RowCounts()
+        rows = _rows(self.live.sources[source], [record], self.live.data, self.embedding_rows, counts)
+        if not counts.kept and not counts.bad:
+            logger.info("left out: %s: %s", record.where(self.live.sources[source].name), reasons(counts))
         return [{**row, "document": int(number), "epoch": epoch} for row in rows]
+
+
+def _plain(value: Any) -> Any:
+    """Of arrays and their numbers, what JSON can hold."""
+    return value.tolist() if hasattr(value, "tolist") else str(value)
 
 
 def _as_json(records: Iterator[Record], source: LiveSource, counts: RowCounts, data: DataArguments) -> Iterator[bytes]:
@@ -200,7 +215,7 @@ def _as_json(records: Iterator[Record], source: LiveSource, counts: RowCounts, d
                 )
             counts.add_bad(where, ValueError(record.value.reason))
             continue
-        yield json.dumps(record, default=str).encode()
+        yield json.dumps(record, default=_plain).encode()
 
 
 # ---- streaming ----
@@ -213,9 +228,9 @@ def _sample(rows: Iterator[Item], share: float, rng: np.random.Generator) -> Ite
 class StreamBins(IterableDataset):
     """An endless stream of micro-batches, each a list of bins: those of one rank.
 
-    Sources are read at once and drawn from at random; documents pass through a buffer, from which they are drawn at random,
-    and are packed best-fit in windows. Every rank reads everything and takes its share, so that none waits for another.
-    With several loader workers each does so too, and they take turns.
+    Sources are read at once and drawn from at random, larger ones more often; documents pass through a buffer, from which they
+    are drawn at random, and are packed best-fit in windows. Every rank reads everything and takes its share, so that none waits
+    for another. With several loader workers each does so too, and they take turns.
 
     Args:
         live: the records.
@@ -264,17 +279,22 @@ class StreamBins(IterableDataset):
 
     def _numbered(self, epoch: int) -> Iterator[Item]:
         """Documents in the order of the epoch, each with its number in it."""
-        count = 0
-        for count, row in enumerate(self._shuffled(epoch), 1):
-            yield {**row, "document": count - 1, "epoch": epoch}
-        if not count:
-            names = ", ".join(source.name for source in self.live.sources)
-            raise ValueError(f"{names}: no record can be used: the stream is empty")
+        counts = RowCounts()
+        for number, row in enumerate(self._shuffled(epoch, counts)):
+            yield {**row, "document": number, "epoch": epoch}
+        names = ", ".join(source.name for source in self.live.sources)
+        if not counts.kept:
+            raise ValueError(f"{names}: no record can be used: the stream is empty ({reasons(counts)})")
+        if self.rank == 0:
+            logger.info(
+                "%s: %d records read in pass %d of the stream, %d kept; left out: %s",
+                names, counts.read, epoch, counts.kept, reasons(counts),
+            )  # fmt: skip
 
-    def _shuffled(self, epoch: int) -> Iterator[Item]:
+    def _shuffled(self, epoch: int, counts: RowCounts) -> Iterator[Item]:
         rng = np.random.default_rng([self.live.seed, epoch, 1])
         buffer: list[Item] = []
-        for row in self._mixed(epoch):
+        for row in self._mixed(epoch, counts):
             if len(buffer) < self.live.data.shuffle_buffer:
                 buffer.append(row)
                 continue
@@ -284,24 +304,29 @@ class StreamBins(IterableDataset):
         rng.shuffle(buffer)  # type: ignore[arg-type]
         yield from buffer
 
-    def _mixed(self, epoch: int) -> Iterator[Item]:
-        """Rows of all sources; a source of weight 2.5 is read twice, and every second of its rows once more."""
+    def _mixed(self, epoch: int, counts: RowCounts) -> Iterator[Item]:
+        """Rows of all sources, drawn in proportion to their sizes, so that they end at about the same time; a source of weight
+        2.5 is read twice, and every second of its rows once more."""
         rng = np.random.default_rng([self.live.seed, epoch, 0])
-        readers = []
+        readers: list[Iterator[Item]] = []
+        sizes: list[float] = []
         for number, source in enumerate(self.live.sources):
             whole = int(source.weight)
-            readers += [self._read(source) for _ in range(whole)]
+            readers += [self._read(source, counts) for _ in range(whole)]
+            sizes += [source.size] * whole
             if share := source.weight - whole:
                 draw = np.random.default_rng([self.live.seed, epoch, 3, number])
-                readers.append(_sample(self._read(source), share, draw))
+                readers.append(_sample(self._read(source, counts), share, draw))
+                sizes.append(source.size * share)
         while readers:
-            place = int(rng.integers(len(readers)))
+            place = bisect.bisect_right(list(itertools.accumulate(sizes)), rng.random() * sum(sizes))
+            place = min(place, len(readers) - 1)  # rounding
             try:
                 yield next(readers[place])
             except StopIteration:
-                del readers[place]
+                del readers[place], sizes[place]
 
-    def _read(self, source: LiveSource) -> Iterator[Item]:
+    def _read(self, source: LiveSource, counts: RowCounts) -> Iterator[Item]:
         records = itertools.islice(source.open(), self.live.data.max_train_samples)
         while chunk := list(itertools.islice(records, _ENCODED_AT_ONCE)):
-            yield from _rows(source, chunk, self.live.data, self.embedding_rows)
+            yield from _rows(source, chunk, self.live.data, self.embedding_rows, counts)

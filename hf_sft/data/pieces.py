@@ -70,7 +70,9 @@ class PieceTokenizer:
     def __init__(self, tokenizer: Any) -> None:
         self.backend = fast_backend(tokenizer)
         self.special_ids = set(tokenizer.convert_tokens_to_ids(sorted(special_tokens(tokenizer))))
-        self._adds_prefix = any(self._begins_otherwise(probe) for probe in ("a", " a", "1"))
+        adds_prefix = any(self._begins_otherwise(probe) for probe in ("a", " a", "1"))
+        # The place of a piece that continues a text: it makes no difference to most tokenizers.
+        self.continues: Place = "continues" if adds_prefix else "begins"
         self._spelled: dict[str, list[int] | EncodingError] = {}
 
     def _begins_otherwise(self, text: str) -> bool:
@@ -78,15 +80,9 @@ class PieceTokenizer:
         alone, behind = self._tokenise([text, "\n" + text])
         return behind[-len(alone) :] != alone
 
-    def key(self, piece: Piece) -> Key:
-        """What the tokens of a piece depend on."""
-        if piece.place == "continues" and not self._adds_prefix:
-            return piece.text, "begins"
-        return piece.text, piece.place
-
     def encode(self, pieces: Iterable[Piece]) -> dict[Key, list[int] | EncodingError]:
-        """Token ids of each distinct key, or why it has none."""
-        keys = dict.fromkeys(map(self.key, pieces))
+        """Token ids of each distinct text and place, or why there are none."""
+        keys = dict.fromkeys((piece.text, piece.place) for piece in pieces)
         found: dict[Key, list[int] | EncodingError] = {
             (text, place): self.spell(text) for text, place in keys if place == "spells"
         }

@@ -7,7 +7,8 @@ import json
 import logging
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +22,17 @@ from hf_sft.arguments import DataArguments
 from hf_sft.data.cache import (
     cache_key,
     default_cache_dir,
+    hash_files,
     is_local_main,
     process_start,
     wait_for_folder,
     write_folder,
 )
-from hf_sft.data.files import Record, content_hash, parts_of, read_records
+from hf_sft.data.files import Record, content_hash, parts_of, read_records, size_of
 from hf_sft.data.prepared import (
     Part,
     PreparedData,
+    RowHashes,
     code_version,
     identity,
     is_marked,
@@ -80,25 +83,51 @@ def prepare_dataset(
         ValueError: a file, a record (with ``bad_records: error``) or a template is wrong, or no row is left.
     """
     sources = read_sources(files)
-    if found := [source.path for source in sources if is_prepared(source.path)]:
-        if len(sources) > 1:
-            raise ValueError(f"{found[0]} is a folder of hf-sft prepare and stands alone: prepare the mixture instead")
-        return load_prepared(found[0], split, tokenizer, Encoding.of(data, rules, sources[0], seed))
+    if any(is_prepared(source.path) for source in sources):
+        return _prepared_folder(sources, tokenizer, data, split, rules, seed)
+    of_training = data.eval_file is None  # what evaluation reads is a part of the training files
+    if data.eval_split is not None and (holders := [source.path for source in sources if _brings_eval(source)]):
+        raise ValueError(
+            f"eval_split is set, and {holders[0]} brings evaluation records of its own: leave eval_split out to use them, or "
+            "name a file of the training records alone"
+        )
+    held_out = None if data.eval_split is None else _HeldOut(sources, data, seed)
     left = data.max_train_samples if split == "train" else data.max_eval_samples
     parts = []
-    for source in sources:
-        if split == "eval" and data.eval_split is None and not _holds_eval(source, sources):
-            continue
-        limit = min((n for n in (source.limit, left) if n is not None), default=None)
-        reader = _Reader(source, sources, data, split, limit, seed)
+    for number, source in enumerate(sources):
+        if split == "eval" and of_training:
+            if held_out is None and not _holds_eval(source, sources):
+                continue
+            source = replace(source, weight=1.0)  # weights are for learning
+        reader = _Reader(source, number, data, split, left, held_out)
         parts.append(_prepare_source(reader, tokenizer, Encoding.of(data, rules, source, seed)))
         if left is not None:
             left -= parts[-1].counts.read
             if left <= 0:
                 break
     prepared = mix(parts, seed=seed)
+    if not len(prepared.rows):
+        raise ValueError(f"the weights of {', '.join(source.path for source in sources)} leave no row: raise them")
     _warn(prepared.report, data)
     return PreparedData(prepared.rows, {"split": split, **prepared.report})
+
+
+def _prepared_folder(
+    sources: list[Source], tokenizer: Any, data: DataArguments, split: str, rules: RowRules, seed: int
+) -> PreparedData:
+    """The rows of a folder that ``hf-sft prepare`` has made; it is taken whole."""
+    folder = next(source.path for source in sources if is_prepared(source.path))
+    if len(sources) > 1:
+        raise ValueError(f"{folder} is a folder of hf-sft prepare and stands alone: prepare the mixture instead")
+    limit = "max_train_samples" if split == "train" else "max_eval_samples"
+    given = [] if sources[0] == Source(folder) else ["the settings of a source"]
+    given += [name for name in ("eval_split", limit) if getattr(data, name) is not None]
+    if given:
+        raise ValueError(
+            f"{folder} is a folder of hf-sft prepare and is taken whole: {', '.join(given)} cannot be honoured; give them "
+            "to hf-sft prepare"
+        )
+    return load_prepared(folder, split, tokenizer, Encoding.of(data, rules, seed=seed))
 
 
 def evaluation_files(data: DataArguments) -> Any:
@@ -124,13 +153,13 @@ def files_hash(files: Any, *, streaming: bool = False) -> str:
     ``streaming``: their sizes and times count, since nothing is read twice.
     """
     sources = read_sources(files)
-    settings = [repr(replace(source, path="")) for source in sources]
-    return cache_key(
-        {
-            "settings": settings,
-            "contents": [content_hash(each.path, streaming=streaming, **each.place) for each in sources],
-        }
-    )
+    contents = [
+        hash_files([Path(source.path) / f"{split}.arrow" for split in prepared_splits(source.path)])
+        if is_prepared(source.path)
+        else content_hash(source.path, streaming=streaming, **source.place)
+        for source in sources
+    ]
+    return cache_key({"settings": [repr(replace(source, path="")) for source in sources], "contents": contents})
 
 
 def _holds_eval(source: Source, sources: list[Source]) -> bool:
@@ -146,57 +175,67 @@ def _brings_eval(source: Source) -> bool:
     return "eval" in parts_of(source.path, **source.place)
 
 
+class _HeldOut:
+    """Which records ``eval_split`` keeps for evaluation: drawn over all sources together, from the seed."""
+
+    def __init__(self, sources: list[Source], data: DataArguments, seed: int) -> None:
+        self.sources, self.data, self.seed = sources, data, seed
+
+    def key(self) -> list[Any]:
+        """What the draw depends on; a number of records is shared out among all sources."""
+        files = [[content_hash(each.path, **each.place), each.limit] for each in self.sources]
+        return [files, self.data.eval_split, self.seed]
+
+    @cached_property
+    def masks(self) -> list[np.ndarray]:
+        """[records] bool for each source: whether it is kept for evaluation."""
+        sizes = [sum(1 for _ in _read(source, "train", self.data)) for source in self.sources]
+        total, share = sum(sizes), float(self.data.eval_split or 0)
+        count = round(share * total) if share < 1 else int(share)
+        if not 0 < count < total:
+            raise ValueError(
+                f"eval_split is {share:g}, which keeps {count} of {total} records for evaluation: "
+                "both sides need at least one"
+            )
+        mask = np.zeros(total, bool)
+        mask[np.random.default_rng([self.seed, 1]).permutation(total)[:count]] = True
+        return np.split(mask, np.cumsum(sizes)[:-1])
+
+
+def _read(source: Source, part: str, data: DataArguments) -> Iterator[Record]:
+    texts = data.task_type == "pretrain"
+    return itertools.islice(read_records(source.path, part=part, texts=texts, **source.place), source.limit)
+
+
+@dataclass(frozen=True)
 class _Reader:
     """The records of one source for one split.
 
     Args:
-        sources: all of the mixture, among which ``eval_split`` is shared out.
+        number: the source's place in the mixture.
         limit: use the first so many.
+        held_out: what ``eval_split`` keeps from training.
     """
 
-    def __init__(
-        self, source: Source, sources: list[Source], data: DataArguments, split: str, limit: int | None, seed: int
-    ) -> None:
-        self.source, self.sources, self.data, self.split, self.limit, self.seed = (
-            source, sources, data, split, limit, seed,
-        )  # fmt: skip
+    source: Source
+    number: int
+    data: DataArguments
+    split: str
+    limit: int | None
+    held_out: _HeldOut | None
 
     def key(self) -> list[Any]:
         """What the records depend on."""
-        source, data = self.source, self.data
-        files = [source] if data.eval_split is None else self.sources  # a number of records is shared out among all
-        hashes = [content_hash(each.path, **each.place) for each in files]
-        place = [self.sources.index(source), *source.place.values()]
-        return [hashes, place, self.split, data.eval_split, self.seed, self.limit]
+        source = self.source
+        held_out = None if self.held_out is None else [self.number, self.held_out.key()]
+        place = [self.split, source.limit, self.limit, *source.place.values()]
+        return [content_hash(source.path, **source.place), place, held_out]
 
     def records(self) -> Iterator[Record]:
-        return itertools.islice(self._of_split(), self.limit)
-
-    def _read(self, source: Source) -> Iterator[Record]:
-        part = "train" if self.data.eval_split is not None else self.split
-        return read_records(source.path, part=part, texts=self.data.task_type == "pretrain", **source.place)
-
-    def _of_split(self) -> Iterator[Record]:
-        if self.data.eval_split is None:
-            return self._read(self.source)
-        held_out = self._held_out()
-        wanted = self.split == "eval"
-        return (record for n, record in enumerate(self._read(self.source)) if held_out[n] == wanted)
-
-    def _held_out(self) -> np.ndarray:
-        """[records] bool: whether each is kept for evaluation. Drawn over all sources together, from the seed."""
-        sizes = [sum(1 for _ in self._read(source)) for source in self.sources]
-        share = float(self.data.eval_split or 0)
-        count = round(share * sum(sizes)) if share < 1 else int(share)
-        if not 0 < count < sum(sizes):
-            raise ValueError(
-                f"eval_split is {share:g}, which keeps {count} of {sum(sizes)} records for evaluation: "
-                "both sides need at least one"
-            )
-        held_out = np.zeros(sum(sizes), bool)
-        held_out[np.random.default_rng([self.seed, 1]).permutation(len(held_out))[:count]] = True
-        start = sum(sizes[: self.sources.index(self.source)])
-        return held_out[start : start + sizes[self.sources.index(self.source)]]
+        if self.held_out is None:
+            return itertools.islice(_read(self.source, self.split, self.data), self.limit)
+        kept = self.held_out.masks[self.number] == (self.split == "eval")
+        return itertools.islice(itertools.compress(_read(self.source, "train", self.data), kept), self.limit)
 
 
 def _prepare_source(reader: _Reader, tokenizer: Any, encoding: Encoding) -> Part:
@@ -213,15 +252,15 @@ def _prepare_source(reader: _Reader, tokenizer: Any, encoding: Encoding) -> Part
     folder = Path(data.data_cache_dir or default_cache_dir()).expanduser() / key
 
     def write(target: Path) -> None:
-        counts = RowCounts()
+        counts, hashes = RowCounts(), RowHashes()
         records = tqdm(reader.records(), desc=f"tokenising {Path(source.path).name}", unit=" rows", disable=None)
         chunks = encode_records(records, tokenizer, encoding, source.path, _workers(source, data))
         with pa.OSFile(str(target / "rows.arrow"), "wb") as file, pa.ipc.new_stream(file, SCHEMA) as writer:
-            for rows in _counted(chunks, counts, data.bad_records):
+            for rows in _counted(chunks, counts, hashes, data.bad_records):
                 writer.write_batch(rows)
-        if counts.read or len(reader.sources) == 1:  # of a small source, eval_split may take all or nothing
+        if counts.read or reader.held_out is None:  # of a small source, eval_split may take all or nothing
             _refuse_nothing(counts, source.path)
-        save_counts(target, counts)
+        save_counts(target, counts, hashes)
 
     if not is_local_main():
         wait_for_folder(folder, written_since=process_start() if data.rebuild_cache else 0.0)
@@ -233,10 +272,8 @@ def _prepare_source(reader: _Reader, tokenizer: Any, encoding: Encoding) -> Part
 def _workers(source: Source, data: DataArguments) -> int:
     if data.preprocessing_num_workers is not None:
         return data.preprocessing_num_workers
-    path = Path(source.path)
-    size = path.stat().st_size if path.is_file() else 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(_MOST_WORKERS, cores) if size >= _LARGE else 1
+    return min(_MOST_WORKERS, cores) if size_of(source.path) >= _LARGE else 1
 
 
 # ---- memory ----
@@ -277,10 +314,10 @@ def prepare_examples(
         raise ValueError(
             f"{type(examples).__name__} has no length; streams are not supported. Pass a list or a Dataset."
         )
-    counts = RowCounts()
+    counts, hashes = RowCounts(), RowHashes()
     records = (Record(n, examples[n], "example") for n in range(len(examples)))
     chunks = encode_records(records, tokenizer, Encoding.of(data, rules, seed=seed), "memory")
-    batches = list(_counted(chunks, counts, data.bad_records))
+    batches = list(_counted(chunks, counts, hashes, data.bad_records))
     _refuse_nothing(counts, "memory")
     if left_out := counts.read - counts.kept:
         logger.warning("%d of %d examples are left out: %s", left_out, counts.read, reasons(counts))
@@ -291,22 +328,21 @@ def prepare_examples(
 # ---- counting and refusing ----
 
 
-def _counted(chunks: Iterable[Chunk], counts: RowCounts, bad_records: str) -> Iterator[pa.RecordBatch]:
-    """The rows of the chunks, and in ``counts`` what became of all records.
+def _counted(
+    chunks: Iterable[Chunk], counts: RowCounts, hashes: RowHashes, bad_records: str
+) -> Iterator[pa.RecordBatch]:
+    """The rows of the chunks; in ``counts`` what became of all records, in ``hashes`` those of the rows.
 
     Raises:
         ValueError: bad records in a chunk, with ``bad_records: error``; documents that are too long, with ``overlength: error``.
     """
-    hashes = []
     for chunk in chunks:
         counts.add(chunk.counts)
         refuse(chunk, counts, bad_records)
-        hashes.append(chunk.hashes)
+        hashes.add(chunk.hashes)
         if len(chunk.hashes):
             yield chunk.rows
-    if hashes:
-        known = np.concatenate(hashes)
-        counts.duplicates = len(known) - len(np.unique(known))
+    counts.duplicates = hashes.duplicates()
 
 
 def refuse(chunk: Chunk, counts: RowCounts, bad_records: str) -> None:
@@ -348,7 +384,8 @@ def _refuse_nothing(counts: RowCounts, name: str) -> None:
     if not counts.kept:
         raise ValueError(
             f"{name}: of {counts.read} records none is left to train on ({reasons(counts)}). "
-            "Raise max_seq_length, set overlength to truncate, or mend the data."
+            + ("Raise max_seq_length, or set overlength to truncate. " if counts.overlength else "")
+            + ("Mend the data; columns names fields that are called otherwise." if counts.bad else "")
             + "".join(f"\n  {e}" for e in counts.bad_examples)
         )
 

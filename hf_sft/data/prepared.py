@@ -41,11 +41,34 @@ class PreparedData:
     report: dict[str, Any]
 
 
-class Part:
-    """The rows of one source and their counts."""
+class RowHashes:
+    """Hashes of rows as they come, to find those that are equal. 8 bytes a row."""
 
-    def __init__(self, name: str, rows: Dataset, counts: RowCounts, weight: float = 1.0) -> None:
-        self.name, self.rows, self.counts, self.weight = name, rows, counts, weight
+    def __init__(self) -> None:
+        self.parts: list[np.ndarray] = []
+
+    def add(self, hashes: np.ndarray) -> None:
+        self.parts.append(hashes)
+
+    def whole(self) -> np.ndarray:
+        """[rows] uint64."""
+        return np.concatenate([np.empty(0, np.uint64), *self.parts])
+
+    def duplicates(self) -> int:
+        """Rows that are equal to an earlier one."""
+        whole = self.whole()
+        return len(whole) - len(np.unique(whole))
+
+
+@dataclass(frozen=True)
+class Part:
+    """The rows of one source, their counts and their hashes ([rows] uint64)."""
+
+    name: str
+    rows: Dataset
+    counts: RowCounts
+    hashes: np.ndarray
+    weight: float = 1.0
 
     def report(self) -> dict[str, Any]:
         return {"source": self.name, "weight": self.weight, **self.counts.report()}
@@ -56,9 +79,11 @@ def mix(parts: Sequence[Part], *, seed: int) -> PreparedData:
 
     A weight of 2.5 means every row twice, and a seeded half of them once more.
     """
-    total = RowCounts()
+    total, hashes = RowCounts(), RowHashes()
     for part in parts:
         total.add(part.counts)
+        hashes.add(part.hashes)
+    total.duplicates = hashes.duplicates()
     rows = [_weighted(part, number, len(parts), seed) for number, part in enumerate(parts)]
     whole = rows[0] if len(rows) == 1 else concatenate_datasets(rows)
     report = {**total.report(), "rows": len(whole), "sources": [part.report() for part in parts]}
@@ -129,7 +154,8 @@ def load_part(folder: Path, name: str, weight: float = 1.0) -> Part:
     for _ in range(20):
         try:
             counts = RowCounts.from_values(json.loads((folder / "counts.json").read_text(encoding="utf-8")))
-            return Part(name, Dataset.from_file(str(folder / "rows.arrow")), counts, weight)
+            hashes = np.load(folder / "hashes.npy", allow_pickle=False)
+            return Part(name, Dataset.from_file(str(folder / "rows.arrow")), counts, hashes, weight)
         except FileNotFoundError as error:  # another process may be replacing the folder at this moment
             damage = error
             time.sleep(0.1)
@@ -139,7 +165,8 @@ def load_part(folder: Path, name: str, weight: float = 1.0) -> Part:
     raise ValueError(f"The cached data in {folder} is damaged ({damage}). Set rebuild_cache: true.")
 
 
-def save_counts(folder: Path, counts: RowCounts) -> None:
+def save_counts(folder: Path, counts: RowCounts, hashes: RowHashes) -> None:
+    np.save(folder / "hashes.npy", hashes.whole())
     (folder / "counts.json").write_text(json.dumps(vars(counts), ensure_ascii=False), encoding="utf-8")
 
 
@@ -194,12 +221,18 @@ def load_prepared(folder: str | Path, split: str, tokenizer: Any, encoding: Enco
     try:
         content = json.loads((folder / PREPARED_FILE).read_text(encoding="utf-8"))
         reports = json.loads((folder / "data_report.json").read_text(encoding="utf-8"))
+        if split not in content["identity"]:
+            raise LookupError(split)
         made_with = content["identity"][split]
         rows = Dataset.from_file(str(folder / f"{split}.arrow"))
         report = reports[split]
+    except LookupError as error:
+        if str(error.args[0]) != split:
+            raise ValueError(f"the prepared data in {folder} are damaged ({error}): prepare them again") from None
+        raise ValueError(f"{folder} was prepared without {split} data: give hf-sft prepare some") from None
     except FileNotFoundError as error:
         raise ValueError(f"{folder} has no {Path(str(error.filename)).name}: prepare the data again") from None
-    except (OSError, pa.ArrowInvalid, ValueError, KeyError, TypeError) as error:
+    except (OSError, pa.ArrowInvalid, ValueError, TypeError) as error:
         raise ValueError(f"the prepared data in {folder} are damaged ({error}): prepare them again") from None
     _check_identity(folder, made_with, identity(tokenizer, encoding))
     if report["longest"] > encoding.max_length:

@@ -215,6 +215,8 @@ class RowEncoder:
             encoder: Any = self.encoders[number]
             options = {} if isinstance(encoder, TextEncoder) else {"train_on": self.encoding.train_on}
             encoded = encoder.encode([parsed[place] for place in places], **options)
+            counts.special_tokens.update(encoder.special_tokens_met)  # those that are kept as text
+            encoder.special_tokens_met.clear()
             for place, row in zip(places, encoded, strict=True):
                 found[place] = row
         return found

@@ -9,6 +9,7 @@ strips or splits off is seen there too.
 
 from __future__ import annotations
 
+import bisect
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -33,7 +34,11 @@ class EncodingError(ValueError):
 
 
 class TemplateRefusal(EncodingError):
-    """A chat template that raises an error for a conversation."""
+    """A chat template that raises an error for a conversation; ``kind`` is the name of the error's class."""
+
+    def __init__(self, message: str, kind: str = "") -> None:
+        super().__init__(message)
+        self.kind = kind
 
 
 def refuse_marks(text: str) -> None:
@@ -62,6 +67,10 @@ class Markers:
     border: re.Pattern[str]
     tags: re.Pattern[str] | None
     openers: frozenset[str] = frozenset()
+
+    def opens(self, text: str) -> bool:
+        """Whether there is an opener in the text."""
+        return not self.openers.isdisjoint(self.special.findall(text))
 
 
 def template_tags(template: str) -> re.Pattern[str] | None:
@@ -158,23 +167,33 @@ class Skeleton:
         pieces = SLOT.split(text)
         self.literals = pieces[0::2]  # the fixed pieces
         self.numbers = [int(number) for number in pieces[1::2]]  # of the sentinels between them
-        self.begins: list[int] = []  # of each literal
+        self.begins = [0]  # of each literal
         self.places: dict[int, list[tuple[int, int]]] = {}  # of each sentinel
-        self.begins.append(0)
         for match in SLOT.finditer(text):
             self.places.setdefault(int(match[1]), []).append(match.span())
             self.begins.append(match.end())
+        self._of_message: dict[int, list[int]] = {}
+        for n, slot in enumerate(masked.slots):
+            self._of_message.setdefault(slot.message, []).append(n)
 
     def locate(self, at: int) -> tuple[int, int]:
-        """A position as a literal and the offset in it; what lies behind the end counts with the last literal."""
-        for n in reversed(range(len(self.begins))):
-            if self.begins[n] <= at and (n == len(self.begins) - 1 or at <= self.begins[n] + len(self.literals[n])):
-                return n, at - self.begins[n]
-        raise AssertionError("a border lies inside a sentinel")
+        """A position as a literal and the offset in it; a sentinel's begin and what lies behind the end count with the literal
+        before."""
+        n = bisect.bisect_right(self.begins, at) - 1
+        return n, at - self.begins[n]
 
     def own(self, turn: int) -> list[int]:
         """The sentinels of a message that are written."""
-        return [n for n, slot in enumerate(self.masked.slots) if slot.message == turn and n in self.places]
+        return [n for n in self._of_message.get(turn, ()) if n in self.places]
+
+    def together(self, turn: int) -> tuple[int, int] | None:
+        """The literals before and behind the texts of a message; None unless these follow one another and stand nowhere else."""
+        own = self.own(turn)
+        if not own or any(len(self.places[n]) > 1 for n in own):
+            return None
+        first = self.locate(self.places[own[0]][0][0])[0]
+        behind = first + len(own)
+        return (first, behind) if self.numbers[first:behind] == own else None
 
     def first_own(self, turn: int) -> int:
         """Where the first text of a message begins; the end if none is written."""
@@ -202,11 +221,18 @@ class Skeleton:
             end = max(end, places[count - 1][1])
         return end
 
+    def unwritten(self) -> dict[int, list[int]]:
+        """The messages of other roles than the assistant's of whose texts none is written, and these."""
+        return {
+            turn: numbers
+            for turn, numbers in self._of_message.items()
+            if self.masked.messages[turn]["role"] != "assistant" and not self.own(turn)
+        }
+
     def check(self, turn: int) -> None:
         """Raise EncodingError if a text of the turn is written twice, or its answer not at all."""
-        for n, slot in enumerate(self.masked.slots):
-            if slot.message != turn:
-                continue
+        for n in self._of_message.get(turn, ()):
+            slot = self.masked.slots[n]
             count = len(self.places.get(n, ()))
             if count > 1 and not slot.name:
                 raise EncodingError(
@@ -217,6 +243,29 @@ class Skeleton:
                     f"the chat template leaves out the content of the assistant's message {turn}; mend the message, or "
                     "mark it with train: false"
                 )
+
+
+def not_written(message: int, role: str) -> EncodingError:
+    other = ", or write it as a system message" if role == "developer" else ""
+    return EncodingError(
+        f"the chat template does not write message {message} ({role}), so the model would not see it; use another "
+        f"chat_template{other}, or remove the message"
+    )
+
+
+def check_influence(render: Render, text: str, messages: Messages) -> None:
+    """For templates that change texts: raise EncodingError for a message of another role than the assistant's that is not in
+    the render ``text``, and on which nothing in it depends."""
+    for n, message in enumerate(messages):
+        content = message.get("content")
+        if message["role"] == "assistant" or not isinstance(content, str) or not content.strip() or content in text:
+            continue
+        try:
+            other = render([*messages[:n], {**message, "content": f"x {content} x"}, *messages[n + 1 :]], False)
+        except TemplateRefusal:
+            continue
+        if other == text:
+            raise not_written(n, message["role"])
 
 
 def sentinels_in(text: str, start: int, end: int) -> set[int]:

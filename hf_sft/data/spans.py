@@ -21,8 +21,8 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 from hf_sft.data.borders import End, find_end, find_start, misfit
 from hf_sft.data.generation_tags import regions_in_text, regions_of_turns
@@ -34,6 +34,8 @@ from hf_sft.data.skeletons import (
     Render,
     Skeleton,
     TemplateRefusal,
+    check_influence,
+    not_written,
     sentinels_in,
     shared_length,
     template_tags,
@@ -53,6 +55,9 @@ __all__ = [
 ]
 
 _MOST_SHAPES = 4096
+# Each turn costs renders of all turns before it. After so many turns, those that look like one whose borders are known have
+# the same: no template counts that far.
+_MANY_TURNS = 32
 
 
 @dataclass(frozen=True)
@@ -78,15 +83,17 @@ class Found(NamedTuple):
 
 @dataclass(frozen=True)
 class Rendering:
-    """The two ways in which a conversation is rendered.
+    """The ways in which a conversation is rendered.
 
     Args:
         plain: (messages, with generation prompt) -> text.
         marked: messages -> text with marks where the template has tags; None if it has none.
+        without_tools: messages -> text without the conversation's tools; None if it has none.
     """
 
     plain: Render
     marked: Callable[[Messages], str] | None = None
+    without_tools: Callable[[Messages], str] | None = None
 
 
 class _Border(NamedTuple):
@@ -115,6 +122,9 @@ class _Shape:
     spans: list[tuple[tuple[int, int], tuple[int, int], str]]  # start, end as (literal, offset); the end token
     behind: str
     tagged: dict[int, _Border]  # turn -> its borders; empty where tags were not used
+    unwritten: dict[
+        int, list[int]
+    ]  # message of another role than the assistant's -> its texts, none of which is written
 
     def fill(self, texts: list[str]) -> tuple[str, list[Span]]:
         """The render of a conversation of this shape with these texts, and its spans."""
@@ -159,14 +169,18 @@ class SpanFinder:
             if isinstance(shape, _Shape):
                 filled, spans = shape.fill(masked.texts)
                 if filled == text:
+                    _refuse_unwritten(masked, shape.unwritten)
                     return Found(spans, shape.behind)
             if not masked.empties:
                 break
         if isinstance(shape, _Shape):
+            check_influence(rendering.plain, text, messages)
             if tagged := self._by_tags(shape, rendering, text, messages, turns):
                 return Found(tagged, "")
         elif not isinstance(shape, TemplateRefusal):
             raise EncodingError(str(shape))
+        else:
+            check_influence(rendering.plain, text, messages)
         # The template's code depends on a text: it quotes it as JSON, say. Only the assistant's must be replaced.
         masked = Masked.of(messages, self.markers.tags, everything=False)
         shape = _build(rendering, masked, turns, self.markers, whole_prompts=True)
@@ -178,6 +192,21 @@ class SpanFinder:
                 "so what the model writes is not certain; mend the text, use another chat_template, or train_on: all"
             )
         return Found(spans, shape.behind)
+
+    def check_written(self, rendering: Rendering, text: str, messages: Messages, context: str) -> None:
+        """For a conversation without turns to find; see :meth:`find`.
+
+        Raises:
+            EncodingError: the template leaves out a message of another role than the assistant's, or the tools.
+        """
+        masked = Masked.of(messages, self.markers.tags, everything=True)
+        shape = self._shape(rendering, masked, (), context)
+        if isinstance(shape, _Shape) and shape.fill(masked.texts)[0] == text:
+            _refuse_unwritten(masked, shape.unwritten)
+        elif isinstance(shape, EncodingError) and not isinstance(shape, TemplateRefusal):
+            raise EncodingError(str(shape))
+        else:
+            check_influence(rendering.plain, text, messages)
 
     def _shape(
         self, rendering: Rendering, masked: Masked, turns: tuple[int, ...], context: str
@@ -231,23 +260,23 @@ def _build(
         EncodingError: a span is not certain.
     """
     skeleton = Skeleton(rendering.plain(masked.messages, False), masked)
-    regions = regions_of_turns(skeleton, rendering.marked(masked.messages)) if rendering.marked else {}
+    _check_tools(rendering, skeleton)
+    regions = _regions(rendering, skeleton, markers)
     spans, reached, behind = [], 0, ""
     borders: dict[int, _Border] = {}
-    for turn in turns:
+    seen: dict[Any, tuple[int, int, End]] = {}
+    for number, turn in enumerate(turns):
         skeleton.check(turn)
         region = regions.get(turn)
-        try:
-            start, whole = find_start(rendering.plain, skeleton, turn, markers)
-            if whole_prompts and not whole:
-                raise misfit(turn)
-        except EncodingError:
-            if region is None:
-                raise
-            start = region[0]
-        if region and not region[0] <= start <= min(region[1], skeleton.first_own(turn)):
-            start = region[0]  # the prompt ends before the region, or fits elsewhere
-        end = find_end(rendering.plain, skeleton, turn, start, markers, region)
+        look, known = _look(skeleton, turn, region), None
+        if number >= _MANY_TURNS and look is not None:
+            known = seen.get(look.key)
+        if known is not None and look is not None:
+            start, end = look.before + known[0], replace(known[2], at=look.behind + known[1])
+        else:
+            start, end = _borders(rendering.plain, skeleton, turn, markers, region, whole_prompts)
+        if look is not None:
+            seen.setdefault(look.key, (start - look.before, end.at - look.behind, end))
         _check_span(skeleton, masked, turn, start, end, reached)
         spans.append((skeleton.locate(start), skeleton.locate(end.at), end.token))
         reached, behind = end.at + len(end.token), end.behind
@@ -256,7 +285,87 @@ def _build(
             ending = skeleton.text[region[1] + place : reached]
             borders[turn] = _Border(skeleton.text[region[0] : start], ending, place, end.token)
     tagged = {turn: borders.get(turn, _Border("", "", 0, "")) for turn in regions}
-    return _Shape(skeleton.literals, skeleton.numbers, spans, behind, tagged)
+    return _Shape(skeleton.literals, skeleton.numbers, spans, behind, tagged, skeleton.unwritten())
+
+
+def _check_tools(rendering: Rendering, skeleton: Skeleton) -> None:
+    """Raise EncodingError if the template does not write the conversation's tools."""
+    if rendering.without_tools is None:
+        return
+    try:
+        bare = rendering.without_tools(skeleton.masked.messages)
+    except TemplateRefusal:
+        return
+    if bare == skeleton.text:
+        raise EncodingError(
+            "the chat template does not write the conversation's tools, so the model would not see them; use a chat_template "
+            "that knows tools, or remove them from the data"
+        )
+
+
+def _refuse_unwritten(masked: Masked, unwritten: dict[int, list[int]]) -> None:
+    """Raise EncodingError if one of the unwritten messages is not blank."""
+    for message, numbers in unwritten.items():
+        if any(masked.texts[n] for n in numbers):
+            raise not_written(message, masked.messages[message]["role"])
+
+
+class _Look(NamedTuple):
+    """How a turn looks from outside.
+
+    Args:
+        key: the fixed pieces around and between its texts, its neighbours, and how its region lies in them.
+        before: where the piece before its texts begins.
+        behind: where the piece behind its texts begins.
+    """
+
+    key: Any
+    before: int
+    behind: int
+
+
+def _look(skeleton: Skeleton, turn: int, region: tuple[int, int] | None) -> _Look | None:
+    """None if the turn's texts do not stand together."""
+    places = skeleton.together(turn)
+    if places is None:
+        return None
+    first, last = places
+    before, behind = skeleton.begins[first], skeleton.begins[last]
+    neighbours = tuple(message["role"] for message in skeleton.masked.messages[max(0, turn - 1) : turn + 2])
+    tagged = region and (region[0] - before, region[1] - behind)
+    return _Look((tuple(skeleton.literals[first : last + 1]), turn == 0, neighbours, tagged), before, behind)
+
+
+def _borders(
+    render: Render,
+    skeleton: Skeleton,
+    turn: int,
+    markers: Markers,
+    region: tuple[int, int] | None,
+    whole_prompts: bool,
+) -> tuple[int, End]:
+    try:
+        start, whole = find_start(render, skeleton, turn, markers)
+        if whole_prompts and not whole:
+            raise misfit(turn)
+    except EncodingError:
+        # Without a prompt to compare with, the region may hold the turn's header.
+        if region is None or not turn or markers.opens(skeleton.text[region[0] : skeleton.first_own(turn)]):
+            raise
+        start = region[0]
+    if region and not region[0] <= start <= min(region[1], skeleton.first_own(turn)):
+        start = region[0]  # the prompt ends before the region, or fits elsewhere
+    return start, find_end(render, skeleton, turn, start, markers, region)
+
+
+def _regions(rendering: Rendering, skeleton: Skeleton, markers: Markers) -> dict[int, tuple[int, int]]:
+    """The tagged region of each of the assistant's turns; empty where the tags are of no use."""
+    if rendering.marked is None:
+        return {}
+    try:
+        return regions_of_turns(skeleton, rendering.marked(skeleton.masked.messages), markers)
+    except TemplateRefusal:  # a tag in a place where no mark can stand
+        return {}
 
 
 def _check_span(skeleton: Skeleton, masked: Masked, turn: int, start: int, end: End, reached: int) -> None:

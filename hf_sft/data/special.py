@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import Any, Literal, get_args
 
-from hf_sft.data.pieces import ALL, NONE, REST, Piece
+from hf_sft.data.pieces import ALL, NONE, REST, Piece, Place
 from hf_sft.data.skeletons import MARKS, EncodingError, any_of
 
 SpecialTokensInText = Literal["refuse", "text"]
@@ -73,8 +73,12 @@ class HiddenTokens:
         """The text with its special tokens brought out."""
         return self._hidden.sub(lambda found: self.tokens[int(found[1])], text)
 
-    def cut(self, piece: Piece) -> list[Piece]:
-        """The piece as several: what stands around hidden tokens, and each of these, spelled."""
+    def cut(self, piece: Piece, continues: Place) -> list[Piece]:
+        """The piece as several: what stands around hidden tokens, and each of these, spelled.
+
+        Args:
+            continues: the place of what continues a text; see ``PieceTokenizer``.
+        """
         first, *others = self._hidden.split(piece.text)
         if not others:
             return [piece]
@@ -83,5 +87,5 @@ class HiddenTokens:
         for number, text in zip(others[0::2], others[1::2], strict=True):
             pieces.append(Piece(self.tokens[int(number)], later, "spells"))
             if text:
-                pieces.append(Piece(text, later, "continues"))
+                pieces.append(Piece(text, later, continues))
         return pieces

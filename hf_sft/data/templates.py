@@ -163,18 +163,27 @@ def _find_template(tokenizer: Any, chat_template: str | None) -> tuple[str, str]
     return text, f"chat_template {path}"
 
 
+def eos_advice(tokenizer: Any) -> str:
+    """How to give the tokenizer an eos_token."""
+    usual = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>")
+    known = next((token for token in usual if token in tokenizer.get_vocab()), usual[0])
+    way = "into tokenizer_config.json in the tokenizer's folder (make the file if it is not there)"
+    return f'Write {{"eos_token": "{known}"}} {way}'
+
+
 def _check_named(tokenizer: Any, name: str) -> None:
     special = special_tokens(tokenizer)
     missing = [token for token in _NEEDED_TOKENS.get(name, ()) if token not in special]
     if missing:
         raise ValueError(
             f"chat_template {name} needs {' and '.join(missing)} as special tokens, and the tokenizer has none such. "
-            f"Add them (new_special_tokens: {missing}), or set chat_template to plain."
+            f"Add them (new_special_tokens: {missing})"
+            + (", or set chat_template to plain." if tokenizer.eos_token else ".")
         )
     if name not in _NEEDED_TOKENS and not tokenizer.eos_token:
         raise ValueError(
             f"chat_template {name} ends each answer with the tokenizer's eos_token, and it has none. "
-            "Set eos_token in the tokenizer's tokenizer_config.json, or use another template."
+            f"{eos_advice(tokenizer)}, or use another template, such as chatml with its tokens in new_special_tokens."
         )
 
 

@@ -4,33 +4,16 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from hf_sft.data.chat import IGNORE, EncodingError, TokenRow
-from hf_sft.data.files import Record, read_records
 from hf_sft.data.messages import FormatError
 from hf_sft.data.pieces import ALL, Piece, PieceTokenizer
 from hf_sft.data.skeletons import refuse_marks
 from hf_sft.data.special import HiddenTokens, SpecialTokensInText, check_choice, refuse_special
 from hf_sft.data.templates import forbidden_tokens
-
-
-def read_texts(path: Path) -> Iterator[Record]:
-    """The records of a file; a ``.txt`` file is one record, its whole text.
-
-    Raises:
-        ValueError: the file is not UTF-8, or as ``read_records``.
-    """
-    if path.suffix != ".txt":
-        yield from read_records(path)
-        return
-    try:
-        yield Record(1, path.read_bytes().decode("utf-8-sig"), "document")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text (byte {error.start}): save it as UTF-8") from None
 
 
 def to_text(value: Any) -> str:
@@ -92,9 +75,9 @@ class TextEncoder:
             refuse_marks(text)
         except EncodingError as error:
             return error
-        pieces = self.hidden.cut(Piece(self.hidden.hide(text), ALL))
+        pieces = self.hidden.cut(Piece(self.hidden.hide(text), ALL), self.pieces.continues)
         found = self.pieces.encode(pieces)
-        ids = [found[self.pieces.key(piece)] for piece in pieces]
+        ids = [found[piece.text, piece.place] for piece in pieces]
         if refusal := next((part for part in ids if isinstance(part, EncodingError)), None):
             return refusal
         self.special_tokens_met.update(set(self.forbidden.findall(text)))

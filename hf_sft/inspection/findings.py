@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hf_sft.arguments import DataArguments
+from hf_sft.sources import read_sources
 
 if TYPE_CHECKING:
     from hf_sft.inspection.report import Inspection, SplitInspection
@@ -130,10 +131,17 @@ def _answers(split: SplitInspection, data: DataArguments) -> Found:
 
 def _beginnings(split: SplitInspection, data: DataArguments) -> Found:
     count = split.counts.get("odd_beginnings", 0)
-    if data.train_on != "all" and count >= max(1, _SOME * split.rows):
+    if data.train_on != "all" and count >= max(1, _SOME * split.rows) and _one_template(data):
         severity = "warning" if count >= 0.1 * split.rows else "note"
         what = f"In {of(count, split.rows, 'rows')} an answer begins with a blank that the template does not write, or lacks one."
         yield Finding("odd_beginnings", severity, split.name, what, "Strip spaces and line breaks from the answers.")
+
+
+def _one_template(data: DataArguments) -> bool:
+    """Whether all answers begin as one template says."""
+    sources = [] if data.train_file is None else read_sources(data.train_file)
+    several = isinstance(data.chat_template, list) and len(data.chat_template) > 1
+    return not several and not any(source.chat_template for source in sources)
 
 
 def _unknown(split: SplitInspection, data: DataArguments) -> Found:
@@ -229,12 +237,16 @@ def _bad(split: SplitInspection, data: DataArguments) -> Found:
     yield Finding("bad_records", severity, split.name, what, do)
 
 
-def _special_tokens(split: SplitInspection, _: DataArguments) -> Found:
+def _special_tokens(split: SplitInspection, data: DataArguments) -> Found:
     found = split.report.get("special_tokens_in_text") or {}
     if not found:
         return
     tokens = ", ".join(f"{token} ({count:,})" for token, count in sorted(found.items(), key=lambda item: -item[1])[:5])
     count = sum(found.values())
+    if data.special_tokens_in_text == "text":
+        what = f"Texts spell special tokens, which are encoded as plain letters: {tokens} (records)."
+        yield Finding("special_tokens_in_text", "note", split.name, what, "Look whether they are meant as text.")
+        return
     what = f"{count:,} record{'s' * (count > 1)} left out for texts that spell a special token: {tokens}."
     do = "Take them out of the texts, or set special_tokens_in_text to text, which keeps their letters."
     yield Finding("special_tokens_in_text", "warning", split.name, what, do)
