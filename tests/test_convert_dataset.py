@@ -217,7 +217,7 @@ def test_from_the_hub(tmp_path: Path, monkeypatch, capsys) -> None:
 
     asked = []
 
-    def load_dataset(name, config, *, split, revision):
+    def load_dataset(name, config, *, split, revision, streaming):
         asked.append((name, config, split, revision))
         rows = datasets.Dataset.from_list([{"question": "1+1", "answer": "2"}] * 3)
         return rows if split else datasets.DatasetDict({"train": rows, "test": rows})
