@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import math
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -271,19 +270,6 @@ def _number(value: float) -> str:
 def render_page(title: str, sections: Sequence[Section], *, subtitle: str = "") -> str:
     """The HTML of a page. It loads nothing, runs nothing, and shows control characters of its texts by name."""
     return _template().render(title=title, subtitle=subtitle, sections=list(sections))
-
-
-def write_page(path: str | Path, html: str) -> Path:
-    """Write the file at once: it is whole, or what it was before."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        temporary.write_text(html, encoding="utf-8")
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return target
 
 
 @functools.lru_cache(maxsize=1)

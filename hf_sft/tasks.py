@@ -9,8 +9,8 @@ from typing import Any
 from hf_sft.checks import evaluation_wanted
 from hf_sft.data.bins import Bins
 from hf_sft.data.live import LiveRecords
-from hf_sft.data.pipeline import evaluation_files, packing_report, prepare_dataset
-from hf_sft.data.prepared import PreparedData
+from hf_sft.data.pipeline import evaluation_files, prepare_dataset
+from hf_sft.data.prepared import PreparedData, packing_report
 from hf_sft.data.templates import resolve_template
 from hf_sft.models.loading import load_config, load_tokenizer
 from hf_sft.models.mask_token import adapter_mask_token, resolve_mask_token

@@ -14,6 +14,7 @@ from test_inspection import TOKENIZER, args, bad, chat, look, sound
 from test_terminal import HOSTILE
 
 from hf_sft import pages
+from hf_sft.data.cache import write_file
 from hf_sft.inspection import Inspection
 from hf_sft.pages import Bars, Details, Facts, Grid, Lines, Notice, Notices, Section, Series, Table, Text, render_page
 
@@ -200,10 +201,10 @@ def test_a_record_of_ten_megabytes_makes_no_large_page() -> None:
 
 
 def test_a_page_is_written_whole_or_not_at_all(tmp_path, monkeypatch) -> None:
-    path = pages.write_page(tmp_path / "new" / "a.html", "one \u00e9")
+    path = write_file(tmp_path / "new" / "a.html", "one \u00e9")
     assert path.read_text(encoding="utf-8") == "one \u00e9"
     with pytest.raises(UnicodeEncodeError):
-        pages.write_page(path, "two \ud800")
+        write_file(path, "two \ud800")
     assert path.read_text(encoding="utf-8") == "one \u00e9" and [p.name for p in path.parent.iterdir()] == ["a.html"]
 
 
@@ -214,7 +215,7 @@ def test_a_browser_has_nothing_to_complain_of(tmp_path) -> None:
         pytest.skip("no Chromium is installed")
     sections = everything(EVIL, [1.0, math.nan, 2.0, 3.0] * 300)
     for name, html in (("a", pages.inspection_page(inspection())), ("b", render_page("x", sections))):
-        page, picture = pages.write_page(tmp_path / f"{name}.html", html), tmp_path / f"{name}.png"
+        page, picture = write_file(tmp_path / f"{name}.html", html), tmp_path / f"{name}.png"
         words = [
             "--headless=new",
             "--no-sandbox",

@@ -22,12 +22,11 @@ from hf_sft.data.bins import Bins
 from hf_sft.data.cache import wait_for_folder, write_folder
 from hf_sft.data.chat import encode_conversation
 from hf_sft.data.pipeline import (
-    packing_report,
     prepare_dataset,
     prepare_examples,
     rows_from_examples,
-    write_data_report,
 )
+from hf_sft.data.prepared import packing_report, write_data_report
 from hf_sft.data.rows import SCHEMA, RowEncoder
 
 TOO_LONG = {"question": "x" * 600, "answer": "y"}

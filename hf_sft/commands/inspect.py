@@ -8,7 +8,6 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_sft.commands.options import add_run_options, parse_data_run
@@ -54,9 +53,10 @@ def data(words: Sequence[str]) -> int:
     if options.json is not None:
         _write_json(options.json, inspection)
     if options.html is not None:
-        from hf_sft.pages import inspection_page, write_page
+        from hf_sft.data.cache import write_file
+        from hf_sft.pages import inspection_page
 
-        print(f"Page: {write_page(options.html, inspection_page(inspection))}")
+        print(f"Page: {write_file(options.html, inspection_page(inspection))}")
     return int(options.strict and any(finding.severity == "error" for finding in inspection.findings))
 
 
@@ -172,7 +172,7 @@ def _print(inspection: Inspection, options: argparse.Namespace) -> None:
 
 
 def _write_json(path: str, inspection: Inspection) -> None:
-    from hf_sft.pages import write_page
+    from hf_sft.data.cache import write_file
 
     text = json.dumps(inspection.to_dict(), ensure_ascii=False, indent=1)
-    print(f"JSON: {write_page(Path(path), text)}")
+    print(f"JSON: {write_file(path, text)}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from hf_sft.commands.options import add_run_options, parse_data_run
@@ -15,16 +14,13 @@ def main(argv: Sequence[str]) -> int:
     options, rest = _parser().parse_known_args(argv)
     if options.output_dir is None:
         raise ValueError("hf-sft prepare needs --output_dir: the folder to write")
-    if Path(options.output_dir).exists():
-        raise ValueError(
-            f"{options.output_dir} exists already, and nothing is written over: name another output_dir, or remove it"
-        )
     from hf_sft.commands.train import log_to_terminal
     from hf_sft.data.bins import Bins
-    from hf_sft.data.prepared import identity, save_prepared
+    from hf_sft.data.prepared import check_new_folder, identity, save_prepared
     from hf_sft.data.rows import Encoding
     from hf_sft.tasks import packing_of, prepare_data, read_data_side
 
+    check_new_folder(options.output_dir)
     arguments = parse_data_run(options, rest)
     log_to_terminal(arguments.training)
     if arguments.data.is_live:

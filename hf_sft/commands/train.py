@@ -32,7 +32,7 @@ def run(arguments: Any) -> int:
     from transformers import set_seed
 
     from hf_sft.checkpoints import check_output_dir, identity, resolve_resume, save_arguments, steps_of
-    from hf_sft.data.pipeline import write_data_report
+    from hf_sft.data.prepared import write_data_report
     from hf_sft.models.adapters import summary
     from hf_sft.models.loading import load_model
     from hf_sft.models.vocabulary import added_token_ids

@@ -98,6 +98,19 @@ def write_folder(
             shutil.rmtree(leftover, ignore_errors=True)
 
 
+def write_file(path: str | Path, text: str) -> Path:
+    """Write the file at once: it is whole, or what it was before."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return target
+
+
 def wait_for_folder(folder: Path, patience: float = _PATIENCE_SECONDS, *, written_since: float = 0.0) -> None:
     """Wait until another process has finished ``folder``. It appears by a rename, so there are no half-written ones.
 

@@ -151,7 +151,6 @@ class ChatEncoder:
         special = special_tokens(tokenizer)
         added = special | {token.content for token in tokenizer.added_tokens_decoder.values() if token.content.strip()}
         forbidden = forbidden_tokens(tokenizer, self.template)
-        self.wanted = sorted(special - forbidden)
         self.hidden = HiddenTokens(forbidden)
         self.forbidden = self.hidden.pattern
         bos = tokenizer.bos_token if tokenizer.bos_token != tokenizer.eos_token else None

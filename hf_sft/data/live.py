@@ -22,9 +22,9 @@ from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from hf_sft.arguments import DataArguments
 from hf_sft.data.bins import EMPTY
-from hf_sft.data.files import BadRecord, Record, read_records, size_of
+from hf_sft.data.files import BadRecord, Record, size_of
 from hf_sft.data.packing import pack_documents
-from hf_sft.data.pipeline import reasons, refuse
+from hf_sft.data.pipeline import read_source, reasons, refuse
 from hf_sft.data.prepared import weighted
 from hf_sft.data.rows import Encoding, RowEncoder, RowRules
 from hf_sft.data.tokenize import RowCounts
@@ -79,9 +79,7 @@ class LiveRecords:
         for source in read_sources(files):
             encoder = RowEncoder(tokenizer, Encoding.of(data, rules, source, seed), source.path)
             _ = encoder.encoders  # a template that is missing is told now
-            how: dict[str, Any] = {"texts": data.task_type == "pretrain", "streaming": data.streaming}
-            opened = partial(read_records, source.path, part="train", **how, **source.place)
-            opened = partial(_first, opened, source.limit)
+            opened = partial(read_source, source, "train", data, streaming=data.streaming)
             sources.append(LiveSource(source.path, opened, encoder, source.weight, size_of(source.path)))
         return cls(sources, data, seed)
 
@@ -108,10 +106,6 @@ class LiveRecords:
 def is_stream(examples: Any) -> bool:
     """Whether examples can be iterated and have no length."""
     return hasattr(examples, "__iter__") and not hasattr(examples, "__len__")
-
-
-def _first(opened: Callable[[], Iterator[Record]], limit: int | None) -> Iterator[Record]:
-    return itertools.islice(opened(), limit)
 
 
 def _examples(examples: Iterable[Any]) -> Iterator[Record]:
@@ -318,13 +312,15 @@ class StreamBins(IterableDataset):
                 draw = np.random.default_rng([self.live.seed, epoch, 3, number])
                 readers.append(_sample(self._read(source, counts), share, draw))
                 sizes.append(source.size * share)
+        borders = list(itertools.accumulate(sizes))
         while readers:
-            place = bisect.bisect_right(list(itertools.accumulate(sizes)), rng.random() * sum(sizes))
+            place = bisect.bisect_right(borders, rng.random() * borders[-1])
             place = min(place, len(readers) - 1)  # rounding
             try:
                 yield next(readers[place])
             except StopIteration:
                 del readers[place], sizes[place]
+                borders = list(itertools.accumulate(sizes))
 
     def _read(self, source: LiveSource, counts: RowCounts) -> Iterator[Item]:
         records = itertools.islice(source.open(), self.live.data.max_train_samples)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import logging
 import os
 from collections.abc import Iterable, Iterator
@@ -86,17 +85,19 @@ def prepare_dataset(
     if any(is_prepared(source.path) for source in sources):
         return _prepared_folder(sources, tokenizer, data, split, rules, seed)
     of_training = data.eval_file is None  # what evaluation reads is a part of the training files
-    if data.eval_split is not None and (holders := [source.path for source in sources if _brings_eval(source)]):
+    seeks_eval = data.eval_split is not None or (split == "eval" and of_training)
+    holders = [source for source in sources if _brings_eval(source)] if seeks_eval else []
+    if data.eval_split is not None and holders:
         raise ValueError(
-            f"eval_split is set, and {holders[0]} brings evaluation records of its own: leave eval_split out to use them, or "
-            "name a file of the training records alone"
+            f"eval_split is set, and {holders[0].path} brings evaluation records of its own: leave eval_split out to use them, "
+            "or name a file of the training records alone"
         )
     held_out = None if data.eval_split is None else _HeldOut(sources, data, seed)
     left = data.max_train_samples if split == "train" else data.max_eval_samples
     parts = []
     for number, source in enumerate(sources):
         if split == "eval" and of_training:
-            if held_out is None and not _holds_eval(source, sources):
+            if holders and source not in holders:
                 continue
             source = replace(source, weight=1.0)  # weights are for learning
         reader = _Reader(source, number, data, split, left, held_out)
@@ -139,12 +140,7 @@ def evaluation_files(data: DataArguments) -> Any:
         return data.eval_file
     if data.eval_split is not None:
         return data.train_file
-    for source in read_sources(data.train_file):
-        if "eval" in (
-            prepared_splits(source.path) if is_prepared(source.path) else parts_of(source.path, **source.place)
-        ):
-            return data.train_file
-    return None
+    return data.train_file if any(map(_brings_eval, read_sources(data.train_file))) else None
 
 
 def files_hash(files: Any, *, streaming: bool = False) -> str:
@@ -160,12 +156,6 @@ def files_hash(files: Any, *, streaming: bool = False) -> str:
         for source in sources
     ]
     return cache_key({"settings": [repr(replace(source, path="")) for source in sources], "contents": contents})
-
-
-def _holds_eval(source: Source, sources: list[Source]) -> bool:
-    """Whether a source counts for evaluation: of training files those that bring evaluation records, else all."""
-    holders = [other for other in sources if _brings_eval(other)]
-    return not holders or source in holders
 
 
 def _brings_eval(source: Source) -> bool:
@@ -189,7 +179,7 @@ class _HeldOut:
     @cached_property
     def masks(self) -> list[np.ndarray]:
         """[records] bool for each source: whether it is kept for evaluation."""
-        sizes = [sum(1 for _ in _read(source, "train", self.data)) for source in self.sources]
+        sizes = [sum(1 for _ in read_source(source, "train", self.data)) for source in self.sources]
         total, share = sum(sizes), float(self.data.eval_split or 0)
         count = round(share * total) if share < 1 else int(share)
         if not 0 < count < total:
@@ -202,9 +192,11 @@ class _HeldOut:
         return np.split(mask, np.cumsum(sizes)[:-1])
 
 
-def _read(source: Source, part: str, data: DataArguments) -> Iterator[Record]:
+def read_source(source: Source, part: str, data: DataArguments, *, streaming: bool = False) -> Iterator[Record]:
+    """The records of a source, up to its limit; see ``read_records``."""
     texts = data.task_type == "pretrain"
-    return itertools.islice(read_records(source.path, part=part, texts=texts, **source.place), source.limit)
+    records = read_records(source.path, part=part, texts=texts, streaming=streaming, **source.place)
+    return itertools.islice(records, source.limit)
 
 
 @dataclass(frozen=True)
@@ -233,9 +225,9 @@ class _Reader:
 
     def records(self) -> Iterator[Record]:
         if self.held_out is None:
-            return itertools.islice(_read(self.source, self.split, self.data), self.limit)
+            return itertools.islice(read_source(self.source, self.split, self.data), self.limit)
         kept = self.held_out.masks[self.number] == (self.split == "eval")
-        return itertools.islice(itertools.compress(_read(self.source, "train", self.data), kept), self.limit)
+        return itertools.islice(itertools.compress(read_source(self.source, "train", self.data), kept), self.limit)
 
 
 def _prepare_source(reader: _Reader, tokenizer: Any, encoding: Encoding) -> Part:
@@ -398,24 +390,3 @@ def _warn(report: dict[str, Any], data: DataArguments) -> None:
             "(data_format: preference says that this is meant)",
             pairs,
         )
-
-
-# ---- reports ----
-
-
-def write_data_report(
-    output_dir: str | Path, reports: dict[str, dict[str, Any]], packing: dict[str, Any] | None = None
-) -> Path:
-    """Write ``data_report.json``: the report of each split, and how full the bins are (:func:`packing_report`)."""
-    path = Path(output_dir) / "data_report.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    content = {**reports, **({"packing": packing} if packing else {})}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)
-    return path
-
-
-def packing_report(bins: int, capacity: int, tokens: int) -> dict[str, Any]:
-    """fill = tokens / (bins * capacity)."""
-    return {"bins": bins, "capacity": capacity, "tokens": tokens, "fill": tokens / (bins * capacity)}

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset, concatenate_datasets
 
-from hf_sft.data.cache import hash_files, write_folder
+from hf_sft.data.cache import hash_files, write_file, write_folder
 from hf_sft.data.chat import fast_backend, forbidden_tokens
 from hf_sft.data.files import shorten
 from hf_sft.data.rows import SCHEMA, Encoding
@@ -178,6 +178,13 @@ def is_prepared(path: str | Path) -> bool:
     return (Path(path) / PREPARED_FILE).is_file()
 
 
+def check_new_folder(folder: str | Path) -> Path:
+    """The path, if nothing is there yet; ValueError if there is."""
+    if Path(folder).exists():
+        raise ValueError(f"{folder} exists already, and nothing is written over: name another output_dir, or remove it")
+    return Path(folder)
+
+
 def save_prepared(
     folder: str | Path, prepared: Mapping[str, PreparedData], identities: Mapping[str, Any], packing: Mapping[str, Any]
 ) -> None:
@@ -186,9 +193,7 @@ def save_prepared(
     Raises:
         ValueError: the folder exists, or cannot be written to.
     """
-    folder = Path(folder)
-    if folder.exists():
-        raise ValueError(f"{folder} exists already, and nothing is written over: name another output_dir, or remove it")
+    folder = check_new_folder(folder)
 
     def write(target: Path) -> None:
         for split, part in prepared.items():
@@ -198,10 +203,7 @@ def save_prepared(
                     writer.write_table(rows[start : start + 1000].select(SCHEMA.names).cast(SCHEMA))
         content = {"version": 1, "identity": dict(identities), "code": code_version()}
         (target / PREPARED_FILE).write_text(json.dumps(content, ensure_ascii=False, indent=2), encoding="utf-8")
-        reports = {split: part.report for split, part in prepared.items()} | ({"packing": packing} if packing else {})
-        (target / "data_report.json").write_text(
-            json.dumps(reports, ensure_ascii=False, indent=2) + "\n", encoding="utf-8"
-        )
+        write_data_report(target, {split: part.report for split, part in prepared.items()}, packing)
 
     write_folder(folder, write, way_out="Name another output_dir.")
 
@@ -221,19 +223,14 @@ def load_prepared(folder: str | Path, split: str, tokenizer: Any, encoding: Enco
     try:
         content = json.loads((folder / PREPARED_FILE).read_text(encoding="utf-8"))
         reports = json.loads((folder / "data_report.json").read_text(encoding="utf-8"))
-        if split not in content["identity"]:
-            raise LookupError(split)
-        made_with = content["identity"][split]
-        rows = Dataset.from_file(str(folder / f"{split}.arrow"))
-        report = reports[split]
-    except LookupError as error:
-        if str(error.args[0]) != split:
-            raise ValueError(f"the prepared data in {folder} are damaged ({error}): prepare them again") from None
-        raise ValueError(f"{folder} was prepared without {split} data: give hf-sft prepare some") from None
+        made_with, report = content["identity"].get(split), reports.get(split)
+        rows = None if made_with is None else Dataset.from_file(str(folder / f"{split}.arrow"))
     except FileNotFoundError as error:
         raise ValueError(f"{folder} has no {Path(str(error.filename)).name}: prepare the data again") from None
-    except (OSError, pa.ArrowInvalid, ValueError, TypeError) as error:
+    except (OSError, pa.ArrowInvalid, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"the prepared data in {folder} are damaged ({error}): prepare them again") from None
+    if rows is None or report is None:
+        raise ValueError(f"{folder} was prepared without {split} data: give hf-sft prepare some")
     _check_identity(folder, made_with, identity(tokenizer, encoding))
     if report["longest"] > encoding.max_length:
         raise ValueError(
@@ -259,3 +256,20 @@ def _check_identity(folder: Path, made_with: Mapping[str, Any], wanted: Mapping[
             + "\n  ".join(wrong)
             + "\nTrain with the same settings, or prepare the data again with these."
         )
+
+
+# ---- reports ----
+
+
+def write_data_report(
+    output_dir: str | Path, reports: Mapping[str, dict[str, Any]], packing: Mapping[str, Any] | None = None
+) -> Path:
+    """Write ``data_report.json``: the report of each split, and how full the bins are (:func:`packing_report`)."""
+    content = {**reports, **({"packing": packing} if packing else {})}
+    text = json.dumps(content, ensure_ascii=False, indent=2) + "\n"
+    return write_file(Path(output_dir) / "data_report.json", text)
+
+
+def packing_report(bins: int, capacity: int, tokens: int) -> dict[str, Any]:
+    """fill = tokens / (bins * capacity)."""
+    return {"bins": bins, "capacity": capacity, "tokens": tokens, "fill": tokens / (bins * capacity)}
