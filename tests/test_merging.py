@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import runs
 import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from test_adapters import KINDS, NEW, load, logits, random_ids, train
-from tiny import CHATML, save_tiny, tiny_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tiny import CHATML, save_tiny, tiny_model, tiny_tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from hf_sft.arguments import ModelArguments
+from hf_sft.arguments import LoraArguments, ModelArguments
+from hf_sft.checkpoints import save_arguments
 from hf_sft.commands import merge
 from hf_sft.merging import load_merged, merge_adapter
+from hf_sft.merging.difference import measure_difference
+from hf_sft.merging.quantised import training_quantisation
 from hf_sft.models.adapters import save_adapter
 from hf_sft.models.inference import base_arguments
-from hf_sft.models.loading import load_tokenizer
+from hf_sft.models.loading import load_model, load_tokenizer
 from hf_sft.models.mask_token import record_mask_token, recorded_mask_token
 
 
@@ -58,6 +68,185 @@ def test_other_families(tmp_path, family) -> None:
     torch.testing.assert_close(logits(merged, ids), expected, rtol=0, atol=1e-5)
 
 
+# Streaming
+
+
+class Merged:
+    """An adapter that PEFT itself has merged in memory, and the trained model's logits."""
+
+    def __init__(self, folder: Path, base: Any, ids: torch.Tensor, **config: Any) -> None:
+        torch.manual_seed(0)
+        base.save_pretrained(folder / "base", max_shard_size=config.pop("max_shard_size", "5GB"))
+        tiny_tokenizer().save_pretrained(folder / "base")
+        base.name_or_path = str(folder / "base")
+        model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", r=4, **config))
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if parameter.requires_grad:
+                    step = 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
+                    parameter.add_(step)
+        self.expected = logits(model, ids)
+        model.save_pretrained(folder / "adapter")
+        tiny_tokenizer().save_pretrained(folder / "adapter")
+        self.adapter, self.out = str(folder / "adapter"), str(folder / "merged")
+
+    def check(self, ids: torch.Tensor, caplog: Any, in_memory: bool = False, **options: Any) -> Any:
+        merge_adapter(self.adapter, self.out, **options)
+        merged = AutoModelForCausalLM.from_pretrained(self.out)
+        torch.testing.assert_close(logits(merged, ids), self.expected, rtol=0, atol=1e-5)
+        assert ("merged in memory" in caplog.text) == in_memory
+        return merged
+
+
+def other_model(family: str, **fields: Any) -> Any:
+    common = dict(vocab_size=259, bos_token_id=None, eos_token_id=256, pad_token_id=257)
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{**common, **fields}), dtype=torch.float32)
+
+
+def gpt2() -> Any:
+    return other_model("gpt2", n_embd=32, n_layer=2, n_head=4, n_positions=64, tie_word_embeddings=True)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_transposed_weights_and_embeddings(tmp_path, caplog, dora) -> None:
+    """Conv1D layers hold [in, out]; an adapter on a tied embedding alone makes two weights of the one."""
+    ids = random_ids()
+    case = Merged(tmp_path, gpt2(), ids, target_modules=["c_attn", "c_proj", "wte"], use_dora=dora)
+    merged = case.check(ids, caplog)
+    assert not merged.config.tie_word_embeddings
+    assert "no longer tied" in caplog.text
+
+
+def test_names_without_the_models_prefix(tmp_path, caplog) -> None:
+    ids = random_ids()
+    case = Merged(tmp_path, gpt2(), ids, target_modules=["c_attn"], trainable_token_indices=[3, 258])
+    path = tmp_path / "base" / "model.safetensors"
+    stored = {name.removeprefix("transformer."): tensor for name, tensor in load_file(path).items()}
+    assert "h.0.attn.c_attn.weight" in stored
+    save_file({**stored, "h.0.attn.bias": torch.ones(1, 1, 64, 64)}, path, metadata={"format": "pt"})
+    merged = case.check(ids, caplog)
+    assert merged.config.tie_word_embeddings
+    assert "no place in the model" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "changes", [{"lora_bias": True}, {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"k_proj": 3}}]
+)
+def test_what_peft_alone_writes(tmp_path, caplog, changes) -> None:
+    ids = random_ids()
+    Merged(tmp_path, tiny_model("qwen2"), ids, target_modules=["q_proj", "k_proj"], **changes).check(ids, caplog)
+
+
+def mixtral() -> Any:
+    sizes = dict(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2
+    )
+    return other_model("mixtral", **sizes, num_local_experts=2, max_position_embeddings=64)
+
+
+@pytest.mark.parametrize("why", ["experts", "bin", "parameters", "two tied tensors"])
+def test_what_is_merged_in_memory_instead(tmp_path, caplog, why) -> None:
+    ids = random_ids()
+    model = mixtral() if why == "experts" else tiny_model("llama", tie_word_embeddings=why == "two tied tensors")
+    parameters = ["gate_proj.weight"] if why == "parameters" else None
+    case = Merged(tmp_path, model, ids, target_modules=["q_proj"], target_parameters=parameters)
+    path = tmp_path / "base" / "model.safetensors"
+    if why == "bin":
+        torch.save(load_file(path), tmp_path / "base" / "pytorch_model.bin")
+        path.unlink()
+    if why == "two tied tensors":
+        stored = load_file(path)
+        save_file(
+            {**stored, "lm_head.weight": stored["model.embed_tokens.weight"] + 1}, path, metadata={"format": "pt"}
+        )
+        merge_adapter(case.adapter, case.out)
+        assert "stored with different numbers" in caplog.text
+        return
+    case.check(ids, caplog, in_memory=True)
+
+
+def test_shards_are_the_bases_unless_asked_otherwise(tmp_path, caplog) -> None:
+    ids = random_ids()
+    case = Merged(tmp_path, tiny_model("qwen2"), ids, target_modules=["q_proj", "up_proj"], max_shard_size="40KB")
+
+    def files(folder: Path) -> list[list[str]]:
+        names = sorted(path for path in folder.glob("*.safetensors"))
+        assert len(names) == 1 or all(f"-of-{len(names):05}." in path.name for path in names)
+        return [sorted(load_file(path)) for path in names]
+
+    case.check(ids, caplog)
+    assert len(files(tmp_path / "base")) > 2
+    assert files(tmp_path / "merged") == files(tmp_path / "base")
+    untouched = load_file(next((tmp_path / "base").glob("*00001-of*")))
+    again = load_file(next((tmp_path / "merged").glob("*00001-of*")))
+    assert all(torch.equal(again[name], tensor) for name, tensor in untouched.items() if "proj" not in name)
+    for size, count in ((10**9, 1), ("20 kB", None)):
+        case.out = str(tmp_path / f"merged-{size}")
+        case.check(ids, caplog, max_shard_size=size)
+        assert count is None or len(files(Path(case.out))) == count
+    largest = max(path.stat().st_size for path in Path(case.out).glob("*.safetensors"))
+    assert largest < 259 * 32 * 4 + 2000  # the embedding alone
+    for wrong in ("5 cows", "0", -3):
+        with pytest.raises(ValueError, match="max_shard_size"):
+            merge_adapter(case.adapter, str(tmp_path / "new"), max_shard_size=wrong)
+
+
+def test_a_base_in_several_types_keeps_them(tmp_path) -> None:
+    adapter, _, _ = trained_adapter(tmp_path)
+    model = tiny_model().bfloat16()
+    model.model.norm.float()
+    model.save_pretrained(tmp_path / "base")
+    stored = load_file(Path(merge_adapter(str(adapter), str(tmp_path / "merged"))) / "model.safetensors")
+    assert {name for name, tensor in stored.items() if tensor.dtype == torch.float32} == {"model.norm.weight"}
+
+
+@pytest.mark.parametrize("damage", ["cut", "no shard", "broken header"])
+def test_a_damaged_base(tmp_path, damage) -> None:
+    adapter, _, _ = trained_adapter(tmp_path)
+    path = tmp_path / "base" / "model.safetensors"
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[:-1000])
+    elif damage == "broken header":
+        path.write_bytes(b"x" * 100)
+    else:
+        tiny_model().save_pretrained(tmp_path / "base", max_shard_size="40KB")
+        path.unlink(missing_ok=True)
+        next((tmp_path / "base").glob("*00002-of*")).unlink()
+    with pytest.raises(ValueError, match="could not be loaded"):
+        merge_adapter(str(adapter), str(tmp_path / "merged"))
+    assert not (tmp_path / "merged").exists()
+
+
+def test_numbers_that_are_not_finite(tmp_path) -> None:
+    adapter, _, _ = trained_adapter(tmp_path)
+    path = adapter / "adapter_model.safetensors"
+    weights = load_file(path)
+    next(tensor for name, tensor in weights.items() if "lora_B" in name)[0, 0] = float("nan")
+    save_file(weights, path)
+    with pytest.raises(ValueError, match="not finite"):
+        merge_adapter(str(adapter), str(tmp_path / "merged"))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base"]
+
+
+@pytest.mark.slow
+@pytest.mark.alone
+@pytest.mark.parametrize("kind", ["plain", "dora"])
+def test_peak_memory(tmp_path, kind) -> None:
+    """Resident memory above that before, in a process of its own: below 1.5 x the largest shard plus the adapter."""
+    done = runs.launch([str(Path(__file__).with_name("peak_of_merging.py")), str(tmp_path), kind])
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    print(found)
+    assert found["shards"] >= 6
+    assert found["largest_shard"] > 30e6
+    assert found["peak"] < 1.5 * found["largest_shard"] + found["adapter"]
+    assert found["difference"] < 1e-5
+
+
+# Quantised bases
+
+
 @pytest.mark.parametrize("kind", ["nf4", "dora"])
 def test_qlora_adapters_merge_into_the_original_weights(tmp_path, kind) -> None:
     pytest.importorskip("bitsandbytes")
@@ -68,6 +257,122 @@ def test_qlora_adapters_merge_into_the_original_weights(tmp_path, kind) -> None:
     error = (logits(merged, ids) - expected).norm()
     without = (logits(tiny_model(), ids) - expected).norm()
     assert error < 0.7 * without  # what is left is the base's quantisation error
+
+
+def qlora_run(folder: Path, record: bool = True, base_dtype: str = "float32", **fields: Any):
+    """(adapter folder, ids, logits of the adapter on its quantised base), args.json beside it; widths that 4 bits spoil."""
+    pytest.importorskip("bitsandbytes")
+    family = fields.pop("family", "qwen2")
+    lora = {name: fields.pop(name) for name in ("use_dora", "lora_bias") if name in fields}
+    source = save_tiny(folder / "base", family, tie_word_embeddings=family == "qwen2")
+    if base_dtype != "float32":
+        tiny_model(family, tie_word_embeddings=True).to(getattr(torch, base_dtype)).save_pretrained(source)
+    named = ModelArguments(model_name_or_path=source, train_mode="qlora", new_special_tokens=NEW, **fields)
+    torch.manual_seed(0)
+    tokenizer = load_tokenizer(named)
+    model = load_model(named, LoraArguments(lora_rank=4, **lora), tokenizer=tokenizer)
+    ids = random_ids(261)
+    expected = train(model, ids).float()
+    adapter = folder / "adapter"
+    save_adapter(model, str(adapter))
+    tokenizer.save_pretrained(adapter)
+    if record:
+        save_arguments(adapter, {"model": asdict(named)})
+    return str(adapter), ids, expected
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"double_quantization": False},
+        {"use_dora": True},
+        {"lora_bias": "all"},
+        {"base_dtype": "bfloat16"},
+    ],
+    ids=str,
+)
+def test_merged_onto_dequantised_weights_is_the_qlora_model(tmp_path, caplog, fields) -> None:
+    adapter, ids, expected = qlora_run(tmp_path, dtype="float32", **fields)
+    merged = AutoModelForCausalLM.from_pretrained(merge_adapter(adapter, str(tmp_path / "m"), onto="dequantized"))
+    assert merged.dtype == torch.float32  # of the products: NF4 values have no exact place in bfloat16
+    torch.testing.assert_close(logits(merged, ids), expected, rtol=0, atol=1e-5)
+    assert "merged in memory" not in caplog.text
+    original = AutoModelForCausalLM.from_pretrained(merge_adapter(adapter, str(tmp_path / "o")), dtype=torch.float32)
+    assert (logits(original, ids) - expected).abs().max() > 1e-3
+
+
+def test_dequantised_in_memory(tmp_path, caplog) -> None:
+    adapter, ids, expected = qlora_run(tmp_path, dtype="float32")
+    path = tmp_path / "base" / "model.safetensors"
+    torch.save(load_file(path), tmp_path / "base" / "pytorch_model.bin")
+    path.unlink()
+    merged = AutoModelForCausalLM.from_pretrained(merge_adapter(adapter, str(tmp_path / "m"), onto="dequantized"))
+    torch.testing.assert_close(logits(merged, ids), expected, rtol=0, atol=1e-5)
+    assert "merged in memory, with its whole base: the base has no safetensors files" in caplog.text
+
+
+def test_what_the_run_was_is_read_or_told(tmp_path) -> None:
+    adapter, ids, expected = qlora_run(tmp_path, record=False, dtype="float32", double_quantization=False)
+    assert training_quantisation(adapter) is None
+    with pytest.raises(ValueError, match=r"nothing says.*--quantization nf4"):
+        merge_adapter(adapter, str(tmp_path / "m"), onto="dequantized")
+    assert not (tmp_path / "m").exists()
+    told = dict(quantization="nf4", double_quantization=False, compute_dtype="float32")
+    merged = merge_adapter(adapter, str(tmp_path / "m"), onto="dequantized", **told)
+    torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(merged), ids), expected, rtol=0, atol=1e-5)
+    assert str(training_quantisation(adapter, "nf4")) == "nf4 twice quantised, bfloat16 products"  # train's defaults
+    fields = dict(train_mode="qlora", quantization="int8", double_quantization=True, dtype=None)
+    save_arguments(tmp_path, {"model": fields})  # of the run, whose checkpoint the adapter is
+    assert str(training_quantisation(adapter)) == "int8, bfloat16 products"
+    save_arguments(tmp_path, {"model": {"train_mode": "lora"}})
+    assert training_quantisation(adapter) is None
+    (tmp_path / "args.json").write_text("{")
+    with pytest.raises(ValueError, match=r"args.json cannot be read"):
+        training_quantisation(adapter)
+    for wrong in ({"onto": "quantized"}, {"quantization": "int4"}, {"compute_dtype": "int8"}):
+        with pytest.raises(ValueError, match="choose one of"):
+            merge_adapter(adapter, str(tmp_path / "new"), **wrong)
+
+
+@pytest.mark.parametrize(
+    ("kind", "onto", "limit"), [("nf4", "dequantized", 0.03), ("int8", "dequantized", 0.03), ("nf4", "original", 0.5)]
+)
+def test_the_difference_is_printed(tmp_path, capsys, kind, onto, limit) -> None:
+    """With bfloat16 products, and with 8 bits, whose activations are quantised as well, nothing is exact."""
+    adapter, _, _ = qlora_run(tmp_path, quantization=kind)
+    assert merge.main([adapter, "--output_dir", str(tmp_path / "m"), "--onto", onto]) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("Compared:"))
+    largest, share = re.search(rf"base \({kind}.* products\): (\S+), (\S+) of their spread", line).groups()
+    assert float(largest) > 1e-6
+    assert 0 < float(share) < limit
+
+
+def test_exact_merges_print_next_to_nothing(tmp_path, capsys) -> None:
+    adapter, _, _ = qlora_run(tmp_path, dtype="float32")
+    merge.main([adapter, "--output_dir", str(tmp_path / "m"), "--onto", "dequantized"])
+    assert measure_difference(adapter, str(tmp_path / "m")).largest < 1e-5
+    assert "Compared: largest difference" in capsys.readouterr().out
+
+
+def test_the_comparison_can_be_left_out(tmp_path, capsys, monkeypatch) -> None:
+    adapter, _, _ = trained_adapter(tmp_path)
+    monkeypatch.setattr("hf_sft.merging.difference.load_for_inference", None)
+    merge.main([str(adapter), "--output_dir", str(tmp_path / "quiet"), "--no_check"])
+    assert "ompared" not in capsys.readouterr().out
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=1000))
+    merge.main([str(adapter), "--output_dir", str(tmp_path / "large")])
+    assert "Not compared with the adapter on its base: the model has 0.0 GB, more than half" in capsys.readouterr().out
+
+
+def test_qlora_is_merged_without_bitsandbytes(tmp_path, capsys, monkeypatch) -> None:
+    adapter, _, _ = qlora_run(tmp_path)
+    monkeypatch.setattr("hf_sft.models.quantization.importlib.util.find_spec", lambda name: None)
+    assert merge.main([adapter, "--output_dir", str(tmp_path / "m")]) == 0
+    assert "Not compared with the adapter on its base: train_mode qlora needs bitsandbytes" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="pip install bitsandbytes"):
+        merge_adapter(adapter, str(tmp_path / "n"), onto="dequantized")
+    assert not (tmp_path / "n").exists()
 
 
 def test_type_of_the_merged_weights(tmp_path) -> None:
@@ -124,7 +429,7 @@ def test_nothing_is_overwritten_and_nothing_half_written(tmp_path, monkeypatch) 
     with pytest.raises(ValueError, match="not empty"):
         merge_adapter(str(adapter), str(target))
     (target / "mine.txt").unlink()
-    monkeypatch.setattr("hf_sft.merging._verify", lambda *args: (_ for _ in ()).throw(RuntimeError("broken")))
+    monkeypatch.setattr("hf_sft.merging.merge._verify", lambda *args: (_ for _ in ()).throw(RuntimeError("broken")))
     with pytest.raises(RuntimeError, match="broken"):
         merge_adapter(str(adapter), str(target))
     assert list(target.iterdir()) == []

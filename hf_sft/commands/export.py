@@ -5,33 +5,53 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from hf_sft.commands.options import add_writing_options
+from hf_sft.commands.options import add_dtype_option, add_writing_options
 
-FORMATS = {"wedlm": "the official WeDLM engine (bfloat16)"}
+FORMATS = {
+    "wedlm": "the official WeDLM engine (bfloat16)",
+    "safetensors": "transformers and PEFT, from a checkpoint of DeepSpeed ZeRO or FSDP",
+}
+_ONLY = {"wedlm": ("base", "mask_token_id"), "safetensors": ("dtype", "max_shard_size")}
 
 
 def main(argv: Sequence[str]) -> int:
     """Export as ``argv`` says; returns 0. Raises ValueError for everything that a user can put right."""
     parser = argparse.ArgumentParser(
-        prog="hf-sft export", description="Write a model, or an adapter merged into its base, for another program."
+        prog="hf-sft export", description="Write a model, an adapter or a sharded checkpoint for another program."
     )
-    parser.add_argument("source", help="folder (or hub name) of the model or of the adapter")
+    parser.add_argument("source", help="folder (or hub name) of the model or of the adapter; or a sharded checkpoint")
     formats = "; ".join(f"{name}: {reader}" for name, reader in FORMATS.items())
     parser.add_argument("--format", required=True, choices=list(FORMATS), help=f"who reads it. {formats}")
     add_writing_options(parser)
     parser.add_argument(
-        "--mask_token_id", type=int, help="token at mask slots; default: what the model was trained with"
+        "--mask_token_id", type=int, help="wedlm: token at mask slots; default: what the model was trained with"
     )
-    arguments = parser.parse_args(argv)
+    add_dtype_option(parser, "as the checkpoint holds them (safetensors alone)")
+    parser.add_argument("--max_shard_size", help="safetensors: largest file; default: 5GB")
+    options = parser.parse_args(argv)
+    for name in (name for format, names in _ONLY.items() if format != options.format for name in names):
+        if getattr(options, name) is not None:
+            raise ValueError(f"--{name} has no place in --format {options.format}; leave it out.")
 
-    from hf_sft.exporting import export_wedlm
+    if options.format == "safetensors":
+        from hf_sft.converting import convert_checkpoint
 
-    folder = export_wedlm(
-        arguments.source,
-        arguments.output_dir,
-        base=arguments.base,
-        mask_token_id=arguments.mask_token_id,
-        trust_remote_code=arguments.trust_remote_code,
-    )
+        folder = convert_checkpoint(
+            options.source,
+            options.output_dir,
+            dtype=options.dtype,
+            max_shard_size=options.max_shard_size or "5GB",
+            trust_remote_code=options.trust_remote_code,
+        )
+    else:
+        from hf_sft.exporting import export_wedlm
+
+        folder = export_wedlm(
+            options.source,
+            options.output_dir,
+            base=options.base,
+            mask_token_id=options.mask_token_id,
+            trust_remote_code=options.trust_remote_code,
+        )
     print(f"Exported model: {folder}")
     return 0

@@ -5,31 +5,69 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from hf_sft.commands.options import add_writing_options
+from hf_sft.commands.options import add_dtype_option, add_writing_options
 
 
 def main(argv: Sequence[str]) -> int:
     """Merge as ``argv`` says; returns 0. Raises ValueError for everything that a user can put right."""
     parser = argparse.ArgumentParser(
-        prog="hf-sft merge", description="Write an adapter merged into its base as one model."
+        prog="hf-sft merge", description="Write an adapter merged into its base as one model, shard by shard."
     )
     parser.add_argument("adapter", help="folder (or hub name) of the adapter")
     add_writing_options(parser)
+    add_dtype_option(parser, "the base's own; onto dequantised weights the type of training's products")
     parser.add_argument(
-        "--dtype",
-        choices=["float32", "bfloat16", "float16"],
-        help="type of the written weights; default: the base's own",
+        "--onto",
+        choices=["original", "dequantized"],
+        default="original",
+        help="after qlora: the base's original weights (default), or those that training computed with, read back as floats",
     )
-    arguments = parser.parse_args(argv)
+    parser.add_argument("--max_shard_size", help="largest file, such as 5GB; default: files as the base has them")
+    add_quantisation_options(parser)
+    parser.add_argument(
+        "--no_check", action="store_true", help="do not compare the written model with the adapter on its base"
+    )
+    options = parser.parse_args(argv)
 
     from hf_sft.merging import merge_adapter
+    from hf_sft.merging.difference import measure_difference, too_large_to_check
 
+    double = None if options.double_quantization is None else options.double_quantization == "true"
+    told = {
+        "base": options.base,
+        "trust_remote_code": options.trust_remote_code,
+        "quantization": options.quantization,
+        "double_quantization": double,
+        "compute_dtype": options.compute_dtype,
+    }
     folder = merge_adapter(
-        arguments.adapter,
-        arguments.output_dir,
-        base=arguments.base,
-        dtype=arguments.dtype,
-        trust_remote_code=arguments.trust_remote_code,
+        options.adapter,
+        options.output_dir,
+        dtype=options.dtype,
+        onto=options.onto,
+        max_shard_size=options.max_shard_size,
+        **told,
     )
     print(f"Merged model: {folder}")
+    if options.no_check:
+        return 0
+    if (reason := too_large_to_check(folder)) is not None:
+        print(f"Not compared with the adapter on its base: {reason}.")
+        return 0
+    try:
+        print(f"Compared: {measure_difference(options.adapter, folder, **told)}")
+    except ValueError as error:  # the merged model stands; what cannot be had is the other one, as without bitsandbytes
+        print(f"Not compared with the adapter on its base: {error}")
     return 0
+
+
+def add_quantisation_options(parser: argparse.ArgumentParser) -> None:
+    """How a qlora run held its base, for adapters without an args.json beside them."""
+    group = parser.add_argument_group("after qlora, where no args.json beside the adapter says it")
+    group.add_argument("--quantization", choices=["nf4", "int8"], help="how the base was held in training")
+    group.add_argument("--double_quantization", choices=["true", "false"], help="of nf4; default: true, as in training")
+    group.add_argument(
+        "--compute_dtype",
+        choices=["float32", "bfloat16", "float16"],
+        help="type of training's products; default: bfloat16, as in training",
+    )

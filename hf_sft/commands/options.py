@@ -54,3 +54,9 @@ def add_writing_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output_dir", required=True, help="new folder for the model and its tokenizer")
     parser.add_argument("--base", help="folder or hub name of an adapter's base; default: what the adapter names")
     parser.add_argument("--trust_remote_code", action="store_true", help="run Python code that the model brings along")
+
+
+def add_dtype_option(parser: argparse.ArgumentParser, default: str) -> None:
+    """The type of written weights."""
+    choices = ["float32", "bfloat16", "float16"]
+    parser.add_argument("--dtype", choices=choices, help=f"type of the written weights; default: {default}")
