@@ -7,8 +7,16 @@ DEEPSPEED = ["deepspeed>=0.18"]
 METRICS = ["sacrebleu>=2.4", "rouge-score>=0.1.2", "nltk>=3.9", "rapidfuzz>=3.9"]
 LOGGING = ["tensorboard>=2.18"]
 PLOT = ["matplotlib>=3.9"]
-DEV = ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff>=0.14", "mypy>=1.11", "trl>=1.14"]
-DEV += LOGGING + PLOT  # written to and drawn by tests
+DEV = [
+    "pytest>=8",
+    "pytest-timeout>=2.3",
+    "pytest-xdist>=3.6",
+    "hypothesis>=6.100",
+    "ruff>=0.14",
+    "mypy>=1.11",
+    "trl>=1.14",
+]
+DEV += LOGGING + PLOT + DEEPSPEED  # written to, drawn by and run by tests
 
 setup(
     name="hf-sft",

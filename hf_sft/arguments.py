@@ -52,6 +52,9 @@ class ModelArguments:
         "MagiAttention, flex trains on CUDA alone, flash is not available in this version.",
     )
     new_special_tokens: list[str] = arg([], "Special tokens to add to the tokenizer; their rows are trained.")
+    max_loading_processes: int | None = arg(
+        None, "Processes of a machine that load weights at the same time, where its memory is short. Default: all."
+    )
 
 
 @dataclass
@@ -71,6 +74,21 @@ class LoraArguments:
     use_rslora: bool = arg(False, "Scale by alpha / sqrt(rank) (arXiv 2312.03732).")
     modules_to_save: list[str] = arg([], "Modules trained in full beside the adapter, such as lm_head.")
     adapter_name_or_path: str | None = arg(None, "Go on training this adapter instead of a new one.")
+
+
+@dataclass
+class EngineArguments:
+    """How weights, gradients and optimizer states are sharded over processes: DeepSpeed by keys instead of a file."""
+
+    _argument_group_name = "engine"
+
+    zero_stage: Literal[1, 2, 3] | None = arg(
+        None,
+        "DeepSpeed ZeRO: shard optimizer states (1), gradients as well (2), parameters as well (3). Or: deepspeed FILE.",
+    )
+    offload_optimizer: Literal["none", "cpu", "nvme"] | None = arg(None, "Where ZeRO keeps optimizer states.")
+    offload_param: Literal["none", "cpu", "nvme"] | None = arg(None, "Where ZeRO-3 keeps parameters.")
+    nvme_path: str | None = arg(None, "Folder on a local NVMe disk, for offloading to nvme.")
 
 
 @dataclass

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import PurePath
 from typing import Any, get_type_hints
 
-from hf_sft.arguments import DataArguments, LoraArguments, ModelArguments, WeDLMArguments
+from hf_sft.arguments import DataArguments, EngineArguments, LoraArguments, ModelArguments, WeDLMArguments
 from hf_sft.conversion import choices, convert, describe, takes
 from hf_sft.sources import read_sources
 
@@ -48,6 +48,8 @@ _REPORTERS: dict[str, tuple[tuple[str, ...], str]] = {
 
 
 def check_model(model: ModelArguments, given: set[str]) -> Iterator[str]:
+    if model.max_loading_processes is not None and model.max_loading_processes < 1:
+        yield f"max_loading_processes is {model.max_loading_processes}: use at least 1, or leave it out"
     if (model.model_name_or_path is None) == (model.config_name_or_path is None):
         found = "neither is set" if model.model_name_or_path is None else "both are set"
         yield (
@@ -106,6 +108,22 @@ def check_lora(lora: LoraArguments, train_mode: str, given: set[str]) -> Iterato
                 f"{', '.join(fixed)} and adapter_name_or_path: an adapter that exists brings its own settings; "
                 "leave one of them out"
             )
+
+
+def check_engine(engine: EngineArguments, training: Any, given: set[str]) -> Iterator[str]:
+    sharded = engine.zero_stage is not None or training.deepspeed
+    if sharded and training.fsdp:
+        yield "DeepSpeed (zero_stage or deepspeed) and fsdp are both asked for: choose one of them"
+    for name in ("offload_optimizer", "offload_param", "nvme_path"):
+        if name in given and not sharded:
+            yield f"{name} belongs to DeepSpeed, and neither zero_stage nor deepspeed is set: set one, or leave {name} out"
+    if sharded and "nvme" in (engine.offload_optimizer, engine.offload_param) and engine.nvme_path is None:
+        yield "offloading to nvme needs nvme_path: name a folder on a local NVMe disk"
+    if engine.offload_param in ("cpu", "nvme") and engine.zero_stage in (1, 2):
+        yield (
+            f"offload_param is {engine.offload_param} and zero_stage is {engine.zero_stage}: parameters are sharded by stage 3 "
+            "only; set zero_stage to 3, or leave offload_param out"
+        )
 
 
 def check_data(data: DataArguments, training: Any = None) -> Iterator[str]:

@@ -89,8 +89,7 @@ def _modules(value: Any) -> Any:
 
 
 _NONE = ("false", "none", "null", "", "0", "no")
-_FSDP = "FSDP is not available in this version; leave it out"
-_DEEPSPEED = "DeepSpeed is not available in this version; leave it out and use torchrun (DDP)"
+_FSDP = "layers are sharded as the model groups them; leave it out (fsdp_config can name layers)"
 _ATTENTION = "attention is chosen by attention_backend (auto, segment, dense, flex or magi); leave it out"
 _TOKENS = "the tokenizer's own tokens count: set it in its tokenizer_config.json; new_special_tokens adds tokens"
 _ENGINE = "the engine behind it is gone from transformers; leave it out"
@@ -112,7 +111,10 @@ _TRANSFORMERS: dict[str, Old] = {
     ),
     "group_by_length": Old("train_sampling_strategy", _when("group_by_length")),
     "fsdp_min_num_params": Old(None, _refuse_unless(_NONE, _FSDP)),
-    "fsdp_transformer_layer_cls_to_wrap": Old(None, _refuse_unless(_NONE, _FSDP)),
+    "fsdp_transformer_layer_cls_to_wrap": Old(
+        "fsdp_config",
+        lambda value: {"transformer_layer_cls_to_wrap": value.split(",") if isinstance(value, str) else value},
+    ),
     "gradient_checkpointing": Old("activation_checkpointing"),
     "gradient_checkpointing_kwargs": Old("activation_checkpointing_kwargs"),
     "per_gpu_train_batch_size": Old("per_device_train_batch_size"),
@@ -134,7 +136,7 @@ _TRANSFORMERS: dict[str, Old] = {
     "fp16_opt_level": Old(None, note="mixed precision is torch.autocast"),
     "use_ipex": Old(None, _refuse_unless(_NONE, _ENGINE)),
     "jit_mode_eval": Old(None, _refuse_unless(_NONE, _ENGINE)),
-    "sharded_ddp": Old(None, _refuse_unless(_NONE, _FSDP)),
+    "sharded_ddp": Old(None, _refuse_unless(_NONE, "fairscale's sharding is gone; use fsdp or zero_stage")),
     "mp_parameters": Old(None, _refuse_unless(_NONE, _ENGINE)),
     "tpu_num_cores": Old(None, _refuse_unless(_NONE, _ENGINE)),
     "ray_scope": Old(None, note="hyperparameter search is not part of this project"),
@@ -196,8 +198,7 @@ _SCRIPTS: dict[str, Old] = {
     **dict.fromkeys(
         ("flash_attn", "use_flash_attn", "use_flash_attention_2"), Old(None, _refuse_unless(_NONE, _ATTENTION))
     ),
-    "deepspeed_zero_stage": Old(None, _refuse_unless(_NONE, _DEEPSPEED)),
-    "zero_stage": Old(None, _refuse_unless(_NONE, _DEEPSPEED)),
+    "deepspeed_zero_stage": Old("zero_stage", lambda value: DROP if str(value).lower() in _NONE else value),
 }
 LEGACY: dict[str, Old] = {**_TRANSFORMERS, **_SCRIPTS}
 MODE_FLAGS = {"use_lora": "lora", "use_peft": "lora", "use_qlora": "qlora", "q_lora": "qlora", "qlora": "qlora"}

@@ -90,6 +90,11 @@ class TokenSums:
         tokens = torch.tensor([self._tokens], dtype=self._sums.dtype, device=self._sums.device)
         return torch.cat([self._sums.flatten(), tokens])
 
+    def load(self, state: Tensor) -> None:
+        """Go on from a ``state``."""
+        self._sums = state[:-1].to(self._sums).reshape(self._sums.shape).clone()
+        self._tokens = int(state[-1])
+
     @staticmethod
     def totals(state: Tensor) -> TokenTotals:
         """Read a ``state`` (waits for the device)."""

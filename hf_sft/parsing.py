@@ -19,15 +19,17 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 from hf_sft import checks
-from hf_sft.arguments import DataArguments, LoraArguments, ModelArguments, WeDLMArguments
+from hf_sft.arguments import DataArguments, EngineArguments, LoraArguments, ModelArguments, WeDLMArguments
 from hf_sft.conversion import convert, show, takes
+from hf_sft.engines import engine_settings
+from hf_sft.launchers import from_launcher
 from hf_sft.legacy import LEGACY, MODE_FLAGS, translate
 
 if TYPE_CHECKING:
     from hf_sft.training_arguments import TrainingArguments
 
 FILE_OPTIONS = ("train_args_file", "config")
-OWN_CLASSES = (ModelArguments, DataArguments, LoraArguments, WeDLMArguments)
+OWN_CLASSES = (ModelArguments, DataArguments, LoraArguments, WeDLMArguments, EngineArguments)
 HINT_OVERRIDES = {  # what users write and the annotations of transformers do not say
     "fsdp": bool | str | None,
     "resume_from_checkpoint": bool | str | None,
@@ -55,6 +57,7 @@ class Arguments:
     data: DataArguments
     lora: LoraArguments
     wedlm: WeDLMArguments
+    engine: EngineArguments
     training: TrainingArguments
     given: set[str] = field(default_factory=set)
     notes: list[str] = field(default_factory=list)
@@ -242,19 +245,28 @@ def build_arguments(
     from hf_sft.training_arguments import TrainingArguments, refusals
 
     typed, failed = _typed(values, hints, limits)
+    launched, launch_notes, launch_problems = from_launcher(typed)
+    typed |= launched
+    notes += launch_notes
+    problems += launch_problems
     packing = typed.get("packing") is not False  # unset: packed if the model allows it
     refused = refusals({**typed, **{key: values[key] for key in failed}}, packing)
     problems += [refused.get(key, sentence) for key, sentence in failed.items()]
     problems += [sentence for key, sentence in refused.items() if key not in failed]
-    model, data, lora, wedlm = (
+    model, data, lora, wedlm, engine = (
         _fill(cls, {e.name: typed[e.name] for e in fields(cls) if e.name in typed}) for cls in OWN_CLASSES
     )
     training_names = {entry.name for entry in fields(TrainingArguments)}
     wanted = {key: value for key, value in typed.items() if key in training_names and key not in refused}
     draft: Any = SimpleNamespace(**{entry.name: _default(entry) for entry in fields(TrainingArguments)} | wanted)
     given = set(typed) | set(failed)
-    arguments = Arguments(model, data, lora, wedlm, draft, given, notes)
+    arguments = Arguments(model, data, lora, wedlm, engine, draft, given, notes)
     problems += check_arguments(arguments, given)
+    try:
+        wanted |= engine_settings(engine, draft, notes)
+    except ValueError as error:
+        problems.append(str(error))
+        wanted = {key: value for key, value in wanted.items() if key not in ("deepspeed", "fsdp", "fsdp_config")}
     if draft.fp16 and draft.bf16:
         wanted.pop("fp16")  # said above; what else TrainingArguments objects to is still to be heard
     try:
@@ -281,6 +293,7 @@ def check_arguments(arguments: Arguments, given: set[str]) -> list[str]:
         *checks.check_data(data, arguments.training),
         *checks.check_task(data, given),
         *checks.check_wedlm(arguments.wedlm, data, model.attention_backend, given),
+        *checks.check_engine(arguments.engine, arguments.training, given),
         *checks.check_training(arguments.training, data, given),
         *checks.check_metric(arguments.training, data.objective),
         *checks.check_report_to(arguments.training),

@@ -7,6 +7,7 @@ with a sentence. Importing this module imports transformers; import it late.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -15,6 +16,11 @@ from typing import Any
 import torch
 import transformers
 from transformers.trainer_utils import HubStrategy
+
+from hf_sft.arguments import EngineArguments
+from hf_sft.engines import engine_settings, enter_process_group
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,7 @@ _HONOURED = """
     push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision
     accelerator_config dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers
     dataloader_prefetch_factor
+    deepspeed fsdp fsdp_config
     ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout
 """.split()
 
@@ -107,9 +114,6 @@ _REFUSED = {
     "bf16_full_eval": Refused(_FULL_EVAL, _OFF),
     "fp16_full_eval": Refused(_FULL_EVAL, _OFF),
     "do_predict": Refused("train.py trains and evaluates; leave it false", _OFF),
-    "deepspeed": Refused("DeepSpeed is not available in this version; use torchrun (DDP)"),
-    "fsdp": Refused("FSDP is not available in this version; use torchrun (DDP)", (None, False, "", [])),
-    "fsdp_config": Refused("FSDP is not available in this version; leave it unset"),
     "parallelism_config": Refused("only data parallelism is available in this version; leave it unset"),
 }
 _FP16 = "fp16 is true, and there is no accelerator{cpu}: autocast to float16 needs one; use bf16, or leave fp16 out"
@@ -189,6 +193,12 @@ class TrainingArguments(_Parent):
     def __post_init__(self) -> None:
         if self.greater_is_better is None and smaller_is_better(self.metric_for_best_model):
             self.greater_is_better = False  # the parent knows the loss alone
+        notes: list[str] = []
+        for name, value in engine_settings(EngineArguments(), self, notes).items():
+            setattr(self, name, value)
+        for note in notes:
+            logger.info(note)
+        enter_process_group(self)
         super().__post_init__()
         accelerator: Any = self.accelerator_config
         if accelerator.dispatch_batches is None:
@@ -241,6 +251,12 @@ def problems(training_args: transformers.TrainingArguments, packing: bool) -> li
     if not isinstance(training_args, TrainingArguments):  # what a subclass of ours adds is its author's to read
         for name in ("remove_unused_columns", "logging_nan_inf_filter"):
             del values[name]
+        found += [
+            f"{name} is set in a {type(training_args).__name__}, which does not check its settings against the arguments: use "
+            "hf_sft's TrainingArguments"
+            for name in ("deepspeed", "fsdp")
+            if values[name]
+        ]
         found += _unread(training_args)
     return found + list(refusals(values, packing).values())
 

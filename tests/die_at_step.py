@@ -1,4 +1,4 @@
-"""train.py, killed without warning at the end of step HF_SFT_DIE_AT."""
+"""train.py, which gets a signal at the end of step HF_SFT_DIE_AT: HF_SFT_SIGNAL (SIGKILL), in rank HF_SFT_DIE_RANK (0; all)."""
 
 import os
 import signal
@@ -12,8 +12,9 @@ from hf_sft.training import trainer
 
 class Die(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == int(os.environ["HF_SFT_DIE_AT"]):
-            os.kill(os.getpid(), signal.SIGKILL)
+        wanted = os.environ.get("HF_SFT_DIE_RANK", "0")
+        if state.global_step == int(os.environ["HF_SFT_DIE_AT"]) and wanted in (str(args.process_index), "all"):
+            os.kill(os.getpid(), signal.Signals[os.environ.get("HF_SFT_SIGNAL", "SIGKILL")])
 
 
 original = trainer.SFTTrainer.train

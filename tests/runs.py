@@ -41,7 +41,7 @@ def train(values: dict[str, Any]) -> Path:
     """Run ``hf-sft train`` in this process; returns the output folder."""
     from hf_sft.commands.train import main
 
-    assert main(_words(values)) == 0
+    assert main(words(values)) == 0
     return Path(values["output_dir"])
 
 
@@ -59,7 +59,7 @@ def train_process(
     values: dict[str, Any], processes: int = 1, script: str = "train.py", **environment: str
 ) -> subprocess.CompletedProcess:
     """Run train.py as a user does, under torchrun with more than one process."""
-    return launch([str(ROOT / script), *_words(values)], processes, **environment)
+    return launch([str(ROOT / script), *words(values)], processes, **environment)
 
 
 def launch(command: list[str], processes: int = 1, **environment: str) -> subprocess.CompletedProcess:
@@ -86,7 +86,7 @@ def weights(folder: Path) -> dict[str, Any]:
     return load_file(file)
 
 
-def _words(values: dict[str, Any]) -> list[str]:
+def words(values: dict[str, Any]) -> list[str]:
     words = []
     for key, value in values.items():
         if isinstance(value, list):

@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM
 
 from hf_sft.arguments import LoraArguments, ModelArguments
 from hf_sft.checkpoints import CheckpointError, verify_adapter
-from hf_sft.models.adapters import save_adapter, summary, target_modules, trainable_parameters
+from hf_sft.models.adapters import save_adapter, target_modules
 from hf_sft.models.loading import load_model, load_tokenizer
+from hf_sft.models.sharded import summary, trainable_parameters
 from hf_sft.models.vocabulary import grow_embeddings
 
 NEW = ["<|tool|>", "<|mask|>"]

@@ -257,7 +257,7 @@ def test_every_problem_at_once():
         "max_seq_length is 3.5: it must be a whole number",
         "eval_steps is 'x': it must be a finite number or null",
         "label_smoothing_factor is 0.1: the loss is the plain cross entropy",
-        "deepspeed is 'a.json': DeepSpeed is not available in this version",
+        "deepspeed is 'a.json', which cannot be read (No such file or directory): name a JSON file",
         "block_size belongs to objective wedlm, and objective is causal",
         "lora_rank belongs to an adapter, and train_mode is full",
         "train_file is not set",
@@ -497,9 +497,6 @@ REFUSED_EXAMPLES = {
     "bf16_full_eval": True,
     "fp16_full_eval": True,
     "do_predict": True,
-    "deepspeed": "ds.json",
-    "fsdp": True,
-    "fsdp_config": {"version": 2},
     "parallelism_config": {"tp_size": 2},
 }
 
@@ -534,6 +531,9 @@ def test_batches_are_ours_to_deal(name, value):
 def test_defaults_of_plain_training_arguments_are_nobodys_request():
     assert problems(transformers.TrainingArguments(use_cpu=True), packing=True) == []
     assert len(problems(transformers.TrainingArguments(use_cpu=True, use_cache=True), packing=True)) == 1
+    unchecked = transformers.TrainingArguments(use_cpu=True)
+    unchecked.fsdp = True
+    assert "use hf_sft's TrainingArguments" in problems(unchecked, packing=True)[0]
 
 
 def test_fields_of_other_trainers_are_not_swallowed():

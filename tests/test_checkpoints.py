@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,13 +17,17 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_sft.checkpoints import (
     CheckpointError,
+    check_checkpoint,
     check_output_dir,
+    differences,
     identity,
+    incomplete,
     last_complete_checkpoint,
     resolve_resume,
     save_arguments,
     verify_weights,
 )
+from hf_sft.checkpoints.writing import beside, clear_leftovers, link, move_result, publish, rotate, seal
 
 # Weights
 
@@ -175,7 +182,126 @@ def test_resolve_resume(tmp_path) -> None:
         resolve_resume(tmp_path, str(tmp_path / "checkpoint-4"))
 
 
+# Writing beside
+
+
+def test_a_sealed_folder_gets_its_name_over_an_older_one(tmp_path) -> None:
+    target = tmp_path / "checkpoint-3"
+    for content in ("first", "second"):
+        written = beside(target)
+        (written / "below").mkdir(parents=True)
+        (written / "below" / "note.txt").write_text(content)
+        seal(written, {"step": 3, "resumable": False})
+        assert not (tmp_path / "checkpoint-3" / "below").exists() or content == "second"
+        publish(written, target)
+        assert (target / "below" / "note.txt").read_text() == content
+    assert incomplete(target) == "it holds the model alone (save_only_model)"
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3"]
+    (beside(target)).mkdir()
+    (beside(target) / "optimizer.pt").write_bytes(b"cut")
+    with pytest.raises(CheckpointError, match=r"optimizer\.pt.*not written to its end"):
+        seal(beside(target), {})
+
+
+def test_only_our_own_leftovers_are_cleared(tmp_path) -> None:
+    for name in (
+        ".checkpoint-3.writing",
+        ".checkpoint-12.removing",
+        ".result.writing",
+        ".git",
+        ".checkpoint-3",
+        "checkpoint-3.writing",
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").touch()
+    (tmp_path / ".checkpoint-4.writing").write_text("a file")
+    clear_leftovers(tmp_path)
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {".git", ".checkpoint-3", "checkpoint-3.writing", ".checkpoint-4.writing"}
+
+
+def test_rotation_keeps_the_newest_the_best_and_what_lies_ahead(tmp_path) -> None:
+    for step in (2, 4, 6, 8, 20):
+        checkpoint(tmp_path, step)
+    rotate(tmp_path / "checkpoint-8", None)
+    rotate(tmp_path / "checkpoint-8", 4)
+    assert len(list(tmp_path.iterdir())) == 5
+    rotate(tmp_path / "checkpoint-8", 2, [tmp_path / "checkpoint-2"])
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-2", "checkpoint-8", "checkpoint-20"}
+    rotate(tmp_path / "checkpoint-8", 1, [tmp_path / "checkpoint-2"])
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-2", "checkpoint-8", "checkpoint-20"}
+    rotate(tmp_path / "checkpoint-8", 1)
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-8", "checkpoint-20"}
+
+
+def test_links(tmp_path, monkeypatch) -> None:
+    for step in (1, 2):
+        checkpoint(tmp_path, step)
+        assert link(tmp_path, "last", tmp_path / f"checkpoint-{step}") is None
+        assert os.readlink(tmp_path / "last") == f"checkpoint-{step}"
+    (tmp_path / "best").mkdir()
+    assert "somebody's" in str(link(tmp_path, "best", tmp_path / "checkpoint-1"))
+
+    def refused(*parts: object, **keywords: object) -> None:
+        raise OSError("no links here")
+
+    monkeypatch.setattr("pathlib.Path.symlink_to", refused)
+    assert link(tmp_path, "last", tmp_path / "checkpoint-1") == "no links here"
+    assert os.readlink(tmp_path / "last") == "checkpoint-2"
+
+
+def test_a_result_takes_the_place_of_one_in_another_number_of_files(tmp_path) -> None:
+    sizes = ["60KB", "1GB", "60KB", "30KB"]
+    for seed, size in enumerate(sizes):
+        model = tiny_model(seed=seed)
+        (tmp_path / "note.safetensors").touch()
+        model.save_pretrained(tmp_path / ".result.writing", max_shard_size=size)
+        verify_weights(tmp_path / ".result.writing", model)
+        names = {path.name for path in (tmp_path / ".result.writing").iterdir()}
+        move_result(tmp_path / ".result.writing", tmp_path)
+        assert {path.name for path in tmp_path.iterdir()} == names | {"note.safetensors"}
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+        assert all(torch.equal(weight, loaded.state_dict()[name]) for name, weight in model.state_dict().items())
+
+
+def test_no_moment_of_a_move_shows_a_mixture(tmp_path, monkeypatch) -> None:
+    """A folder that is half moved loads as the old model, as the new one, or not at all."""
+    replaced: list[str] = []
+    replace = os.replace
+
+    def stopping(source: Any, target: Any) -> None:
+        if len(replaced) == stop:
+            raise KeyboardInterrupt
+        replace(source, target)
+        replaced.append(Path(target).name)
+
+    monkeypatch.setattr("os.replace", stopping)
+    models = [tiny_model(seed=seed) for seed in (1, 2)]
+    loads = set()
+    for stop in range(12):
+        for sizes in (("60KB", "60KB"), ("60KB", "1GB"), ("1GB", "60KB")):
+            folder = tmp_path / f"{stop}-{'-'.join(sizes)}"
+            models[0].save_pretrained(folder, max_shard_size=sizes[0])
+            models[1].save_pretrained(folder / ".result.writing", max_shard_size=sizes[1])
+            replaced.clear()
+            with suppress(KeyboardInterrupt):
+                move_result(folder / ".result.writing", folder)
+            try:
+                loaded = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+            except OSError:
+                loads.add("not")
+                continue
+            same = [all(torch.equal(w, loaded[name]) for name, w in model.state_dict().items()) for model in models]
+            assert any(same), (stop, sizes)
+            loads.add("old" if same[0] else "new")
+    assert loads == {"not", "old", "new"}
+
+
 # The output folder
+
+
+def read(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "args.json").read_text())
 
 
 GROUPS = {
@@ -236,13 +362,22 @@ def test_resuming_another_run_is_refused_with_both_values(tmp_path) -> None:
         ValueError, match=r"lora_rank was 16 and is 8; lora_target_modules was \['all-linear'\] and is \['q_proj'\]"
     ):
         check_output_dir(tmp_path, identity(other), "auto")
-    larger = {**GROUPS, "run": {"global_batch_size": 16, "train_file_hash": "b"}, "resolved": {"seed": 7}}
-    check_output_dir(tmp_path, identity(larger), "auto")  # the record is of a version that did not write these
+    later = {**GROUPS, "run": {"global_batch_size": 16, "train_file_hash": "b"}, "resolved": {"seed": 7}}
+    check_output_dir(tmp_path, identity(later), "auto")  # the record is of a version that did not write these
     save_arguments(tmp_path, {**GROUPS, "run": {"global_batch_size": 8, "train_file_hash": "a"}})
-    with pytest.raises(ValueError) as refused:
-        check_output_dir(tmp_path, identity(larger), "auto")
-    for part in ("global_batch_size was 8 and is 16", "train_file_hash was 'a' and is 'b'", "repeated or skipped"):
-        assert part in str(refused.value)
+    with pytest.raises(ValueError, match=r"other settings.*: train_file_hash was 'a' and is 'b'\. Set"):
+        check_output_dir(tmp_path, identity(later), "auto")
+    lines = differences(
+        read(tmp_path), {**later, "training": {**later["training"], "learning_rate": 0.5, "output_dir": "x"}}
+    )
+    assert lines == ["learning_rate was 0.0001 and is 0.5", "global_batch_size was 8 and is 16"]
+    newest = checkpoint(tmp_path, 3)
+    same = {**later, "run": {"global_batch_size": 8, "train_file_hash": "a"}}
+    assert check_checkpoint(newest, same) == []
+    with pytest.raises(ValueError, match=r"checkpoint .*checkpoint-3' holds a run with other settings.*'a' and is 'b'"):
+        check_checkpoint(newest, later)
+    with pytest.raises(ValueError, match=r"global_batch_size was 8 and is 16: rows would be repeated or skipped"):
+        check_checkpoint(newest, {**same, "run": {**same["run"], "global_batch_size": 16}})
     (tmp_path / "args.json").write_text("{")
     with pytest.raises(ValueError, match="cannot be read"):
         check_output_dir(tmp_path, identity(GROUPS), "auto")

@@ -70,7 +70,7 @@ def test_help_all_adds_hugging_face(capsys, words):
     assert left.value.code == 0
     out = capsys.readouterr().out
     assert "  --learning_rate NUMBER (default: 5e-05)" in out
-    assert "Other values are refused: DeepSpeed is not available" in out
+    assert "Other values are refused: only data parallelism is available" in out
 
 
 @pytest.mark.parametrize("columns", ["40", "80", "200"])

@@ -6,12 +6,13 @@ import dataclasses
 
 import pytest
 
-from hf_sft.arguments import DataArguments, LoraArguments, ModelArguments
+from hf_sft.arguments import DataArguments, EngineArguments, LoraArguments, ModelArguments
 from hf_sft.legacy import LEGACY, LEGACY_VALUES, MODE_FLAGS, translate
 from hf_sft.parsing import ArgumentsError, parse_args, parse_values
 from hf_sft.training_arguments import TrainingArguments
 
-OWN = {entry.name for cls in (ModelArguments, DataArguments, LoraArguments) for entry in dataclasses.fields(cls)}
+CLASSES = (ModelArguments, DataArguments, LoraArguments, EngineArguments)
+OWN = {entry.name for cls in CLASSES for entry in dataclasses.fields(cls)}
 ALL = OWN | {entry.name for entry in dataclasses.fields(TrainingArguments)}
 STILL_FIELDS = {"gradient_checkpointing", "gradient_checkpointing_kwargs"}  # deprecated, not gone, in transformers 5
 
@@ -62,6 +63,11 @@ def test_table_points_from_old_names_to_existing_ones():
         ({"quantization_bit": 4}, {"quantization": "nf4"}),
         ({"load_in_8bit": True}, {"quantization": "int8"}),
         ({"deepspeed_zero_stage": 0}, {}),
+        ({"deepspeed_zero_stage": 2}, {"zero_stage": 2}),
+        (
+            {"fsdp_transformer_layer_cls_to_wrap": "LlamaDecoderLayer"},
+            {"fsdp_config": {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}},
+        ),
         ({"val_size": 0.0}, {}),
         ({"stage": "sft", "finetuning_type": "lora"}, {"task_type": "sft", "train_mode": "lora"}),
     ],
@@ -115,8 +121,7 @@ def test_flags_say_the_train_mode(flags, mode):
         {"warmup_ratio": 1.0},
         {"warmup_ratio": "many"},
         {"save_safetensors": False},
-        {"deepspeed_zero_stage": 2},
-        {"fsdp_transformer_layer_cls_to_wrap": "LlamaDecoderLayer"},
+        {"fsdp_min_num_params": 1000},
         {"flash_attn": "fa2"},
         {"bnb_4bit_quant_type": "fp4"},
         {"use_ipex": True},

@@ -394,6 +394,7 @@ def test_the_data_report(tmp_path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_preparing_gsm8k_takes_little_longer_than_tokenising_it(shared_data) -> None:
     from transformers import AutoTokenizer
 

@@ -35,6 +35,7 @@ def test_held_out_prompts_are_new_and_answers_right(tmp_path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_the_quickstart_model_answers_prompts_it_has_never_seen(tmp_path) -> None:
     data = tmp_path / "data"
     make_data(data)

@@ -31,6 +31,7 @@ def test_held_out_people_are_new_and_answers_complete(tmp_path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.timeout(1500)
 def test_the_example_keeps_its_promise(tmp_path) -> None:
     """2.5 tokens per pass within 2 points of accuracy; with verify more than 1.5, exactly as one by one."""

@@ -80,11 +80,7 @@ def choose_layout(
             "attention_backend is flex and the model is on a CPU, where FlexAttention has no backward pass: choose auto, segment "
             "or dense, or train on CUDA"
         )
-    restore_attention(base)
-    if base.config._attn_implementation == "sdpa" and getattr(
-        base.config.get_text_config(), "attn_logit_softcapping", None
-    ):
-        base.set_attn_implementation("eager")  # transformers before 5.21 drops the soft cap under sdpa without a word
+    _own_attention(base)
     if packing is False and wedlm:
         raise ValueError(
             "packing is false and objective is wedlm: its two streams need a packed layout; leave packing out"
@@ -121,6 +117,22 @@ def choose_layout(
         )
     logger.warning("%s cannot be packed (%s): training on padded batches", type(base).__name__, reasons)
     return Choice(None, reasons)
+
+
+def install_layout(model: nn.Module, backend: Backend | None) -> None:
+    """Put into ``model`` the backend that was chosen on another one of its architecture, or its own attention (None)."""
+    base = base_model(model)
+    _own_attention(base)
+    if backend is not None:
+        backend.install(base)
+
+
+def _own_attention(base: PreTrainedModel) -> None:
+    """Without any backend of ours; and as it computes what the model means."""
+    restore_attention(base)
+    softcap = getattr(base.config.get_text_config(), "attn_logit_softcapping", None)
+    if base.config._attn_implementation == "sdpa" and softcap:
+        base.set_attn_implementation("eager")  # transformers before 5.21 drops the soft cap under sdpa without a word
 
 
 def _candidates(base: PreTrainedModel, wedlm: bool) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,39 +17,47 @@ logger = logging.getLogger("hf_sft")
 def main(argv: Sequence[str]) -> int:
     """Train as the arguments say; returns 0. Raises ValueError for everything that a user can put right."""
     from hf_sft.parsing import parse_args
+    from hf_sft.training.failures import ending_together
 
     arguments = parse_args(argv)
     log_to_terminal(arguments.training)
     for note in arguments.notes:
         logger.warning(note)
-    try:
+    with ending_together():
         return run(arguments)
-    finally:
-        _leave_process_group()
 
 
 def run(arguments: Any) -> int:
     """The road of the data, in its order."""
     from transformers import set_seed
 
-    from hf_sft.checkpoints import check_output_dir, identity, resolve_resume, save_arguments, steps_of
+    from hf_sft.checkpoints import check_checkpoint, check_output_dir, identity, save_arguments, steps_of
     from hf_sft.data.prepared import write_data_report
-    from hf_sft.models.adapters import summary
     from hf_sft.models.loading import load_model
+    from hf_sft.models.sharded import summary
     from hf_sft.models.vocabulary import added_token_ids
     from hf_sft.tasks import build_trainer, packing_of, read_data_side, training_data
+    from hf_sft.training.failures import meet
+    from hf_sft.training.resuming_trainer import find_checkpoint
+    from hf_sft.training.together import raised_together
 
     record = _record(arguments)
     training = arguments.training
-    if training.process_index == 0:  # the others could meet what this one has begun to write
-        check_output_dir(training.output_dir, identity(record), training.resume_from_checkpoint)
-    checkpoint = resolve_resume(training.output_dir, training.resume_from_checkpoint)
+    with raised_together():
+        if training.process_index == 0:  # the others could meet what this one has begun to write
+            check_output_dir(training.output_dir, identity(record), training.resume_from_checkpoint)
+    checkpoint = find_checkpoint(training, training.resume_from_checkpoint)
+    if checkpoint is not None:
+        for line in check_checkpoint(checkpoint, record):
+            logger.info("changed since %s: %s", checkpoint, line)
     set_seed(training.seed)
 
     tokenizer, objective = read_data_side(arguments)
     prepared = training_data(arguments, tokenizer, objective)
+    meet()
     read_only = [objective.mask_token_id] if objective.mask_token_id is not None else []
     model = load_model(arguments.model, arguments.lora, tokenizer=tokenizer, training=training, input_rows=read_only)
+    meet()
     logger.info(summary(model))
 
     with _no_empty_folder(training.output_dir):
@@ -65,13 +74,14 @@ def run(arguments: Any) -> int:
         trainer.add_callback(_when_training_begins(write_record))
         if checkpoint is not None:
             done, planned = steps_of(checkpoint)
-            if done >= last_step(trainer):
-                return _finish(trainer, checkpoint, write_record)
-            if planned != last_step(trainer):
+            last = trainer.last_step(checkpoint)
+            if done >= last:
+                return _finish(trainer, checkpoint)
+            if planned != last:
                 logger.warning(
                     "The run was planned for %d steps and now takes %d: learning rates that depend on their number jump.",
                     planned,
-                    last_step(trainer),
+                    last,
                 )
         result = trainer.train(resume_from_checkpoint=checkpoint)
     _refuse_divergence(trainer.state.log_history)
@@ -90,39 +100,36 @@ def run(arguments: Any) -> int:
 # ---- parts of the road ----
 
 
-def last_step(trainer: Any) -> int:
-    """Optimizer steps of the whole run, as Trainer counts them."""
-    args = trainer.args
-    if args.max_steps > 0:
-        return int(args.max_steps)
-    steps_per_epoch = len(trainer.get_train_dataloader()) // args.gradient_accumulation_steps
-    return math.ceil(args.num_train_epochs * steps_per_epoch)
-
-
-def _finish(trainer: Any, checkpoint: str, write_record: Callable[[], None]) -> int:
-    """No step is left to train (Trainer would take one more): keep the results, or make them from the checkpoint."""
-    from transformers import TrainerState
+def _finish(trainer: Any, checkpoint: str) -> int:
+    """No step is left to train: keep the results, or make them from the checkpoint."""
+    from hf_sft.training.together import gathered
 
     folder = Path(trainer.args.output_dir)
-    wanted = ["trainer_state.json", *(["eval_results.json"] if trainer.eval_dataset is not None else [])]
-    done = all((folder / name).is_file() for name in wanted)
-    trainer.accelerator.wait_for_everyone()  # all processes have looked before one of them writes
-    if done:
+    done = _has_results(folder, checkpoint, evaluated=trainer.eval_dataset is not None)
+    if gathered(done)[0]:  # all processes have looked before one of them writes
         logger.info("The run in %s is finished (%s); raise max_steps or num_train_epochs to go on.", folder, checkpoint)
         return 0
     logger.info("All steps are done in %s; what is left is to save and evaluate.", checkpoint)
-    trainer.state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+    trainer.train(resume_from_checkpoint=checkpoint)
     _refuse_divergence(trainer.state.log_history)
-    best = trainer.state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
-    trainer._load_from_checkpoint(best or checkpoint)
-    if trainer.is_world_process_zero():
-        write_record()
     trainer.save_model()
-    if not (folder / "trainer_state.json").is_file():
-        trainer.save_state()
+    trainer.save_state()
     _evaluate(trainer)
     logger.info("Saved to %s", folder)
     return 0
+
+
+def _has_results(folder: Path, checkpoint: str, *, evaluated: bool) -> bool:
+    """Whether the results in ``folder`` are those of ``checkpoint`` and were written to their end, the evaluation's last."""
+    from hf_sft.checkpoints import read_state
+
+    try:
+        state = read_state(folder)
+        results = json.loads((folder / "eval_results.json").read_text(encoding="utf-8")) if evaluated else None
+    except (OSError, ValueError):
+        return False
+    same = state["global_step"] == read_state(checkpoint)["global_step"]
+    return same and (results is None or results.get("epoch") == state["epoch"])
 
 
 def _evaluate(trainer: Any) -> None:
@@ -162,6 +169,7 @@ def _record(arguments: Any) -> dict[str, Any]:
             "global_batch_size": training.world_size
             * training.per_device_train_batch_size
             * training.gradient_accumulation_steps,
+            "processes": training.world_size,
         },
     }
     if arguments.model.train_mode != "full":
@@ -185,7 +193,7 @@ def _resolved(arguments: Any, trainer: Any) -> dict[str, Any]:
             "quantization": quantization_kind(arguments.model),
             **({} if token is None else {"mask_token_id": token}),
             "processes": trainer.args.world_size,
-            "last_step": last_step(trainer),
+            "last_step": trainer.state.max_steps,
         }
     }
 
@@ -217,14 +225,6 @@ def _no_empty_folder(output_dir: str) -> Iterator[None]:
             with suppress(OSError):  # not empty, or not made
                 folder.rmdir()
         raise
-
-
-def _leave_process_group() -> None:
-    """Backends may abort a process that ends as a member."""
-    import torch.distributed as dist
-
-    if dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def log_to_terminal(training: Any) -> None:

@@ -2,12 +2,16 @@
 
 The order of an epoch depends on (seed, epoch) alone. It is cut into optimizer steps of ``world x accumulation x batch`` bins, so
 that the same bins share a step however it is divided among ranks and micro-batches. The last step is filled up with empty bins:
-every rank has the same number of micro-batches, and nothing is repeated or dropped.
+every rank has the same number of micro-batches, and nothing is repeated or dropped. Inside a step bins are dealt so that in each
+micro-batch, after which ranks wait for each other, all have about the same number of tokens (:func:`deal`).
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -16,6 +20,33 @@ from torch.utils.data import DataLoader, Dataset
 from hf_sft.data.packing import pack_documents
 
 EMPTY = -1
+
+
+def deal(lengths: np.ndarray, accumulation: int, world: int, batch: int) -> np.ndarray:
+    """Deal the bins of optimizer steps to micro-batches and ranks.
+
+    The longest bins go into the first micro-batch: those of one micro-batch are then about as long as each other, which saves
+    padding too. There they are handed out in ``batch`` rounds of one bin per rank; in each round the rank with the fewest
+    tokens so far gets the longest. So in every micro-batch two ranks differ by at most the difference of its longest and its
+    shortest bin, and by at most one bin in number.
+
+    Args:
+        lengths: [S, accumulation * world * batch] int, tokens of each bin of S steps; ``EMPTY`` for what fills up a step.
+
+    Returns:
+        [S, accumulation, world, batch] int: places in the step.
+    """
+    steps, shape = len(lengths), (len(lengths), accumulation, batch, world)
+    order = np.argsort(-lengths, axis=1, kind="stable")
+    tokens = np.take_along_axis(lengths, order, axis=1).clip(0).reshape(shape)
+    places = order.reshape(shape)
+    sums = np.zeros((steps, accumulation, world), dtype=np.int64)
+    dealt = np.empty((steps, accumulation, world, batch), dtype=places.dtype)
+    for turn in range(batch):
+        ranks = np.argsort(sums, axis=-1, kind="stable")
+        np.put_along_axis(dealt[..., turn], ranks, places[:, :, turn], axis=-1)
+        np.put_along_axis(sums, ranks, np.take_along_axis(sums, ranks, axis=-1) + tokens[:, :, turn], axis=-1)
+    return dealt
 
 
 class Bins(Dataset):
@@ -44,6 +75,13 @@ class Bins(Dataset):
 
     def __len__(self) -> int:
         return len(self.bins)
+
+    @cached_property
+    def fills(self) -> np.ndarray:
+        """[bins] int64: tokens of each bin."""
+        members = np.fromiter(itertools.chain.from_iterable(self.bins), np.int64, len(self.lengths))
+        starts = np.cumsum([0, *map(len, self.bins[:-1])])
+        return np.add.reduceat(np.asarray(self.lengths, np.int64)[members], starts) if self.bins else members
 
     def __getitem__(self, index: tuple[int, int]) -> list[dict[str, Any]]:
         epoch, number = index
@@ -87,6 +125,14 @@ class BinSampler:
         accumulation: micro-batches per optimizer step.
         world, rank: number of processes and the number of this one.
         seed: of the order; None keeps the order of the file.
+        lengths: tokens of each bin, by which they are dealt (:func:`deal`); None: all count alike.
+        balanced: False cuts steps into micro-batches and ranks in their order, so that ranks behind each other give the order
+            of the file, and what fills up the last step stands at its end.
+        start, start_epoch: the first ``start`` bins of that epoch's order have been seen before, in steps of another size: it
+            yields the rest, though ``len`` is always that of a whole epoch.
+
+    Raises:
+        ValueError: ``start`` or ``lengths`` do not fit the number of bins.
     """
 
     def __init__(
@@ -98,10 +144,19 @@ class BinSampler:
         world: int = 1,
         rank: int = 0,
         seed: int | None = None,
+        lengths: Sequence[int] | np.ndarray | None = None,
+        balanced: bool = True,
+        start: int = 0,
+        start_epoch: int = 0,
     ) -> None:
+        if not 0 <= start <= bins:
+            raise ValueError(f"start is {start}: of {bins} bins none to all can have been seen before")
+        if lengths is not None and len(lengths) != bins:
+            raise ValueError(f"{len(lengths)} lengths are given for {bins} bins: each bin has one")
         self.bins, self.batch_size, self.world, self.rank, self.seed = bins, batch_size, world, rank, seed
-        self.steps = -(-bins // (batch_size * accumulation * world))
-        self.batches = self.steps * accumulation
+        self.accumulation, self.start, self.start_epoch = accumulation, start, start_epoch
+        self.balanced = balanced and world * accumulation > 1
+        self.lengths = np.ones(bins, np.int64) if lengths is None else np.asarray(lengths, np.int64)
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -109,18 +164,28 @@ class BinSampler:
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return self.batches
+        return self._steps(self.bins) * self.accumulation
+
+    def _steps(self, bins: int) -> int:
+        return -(-bins // (self.batch_size * self.accumulation * self.world))
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        epoch = self.epoch
         order = (
             np.arange(self.bins)
             if self.seed is None
-            else np.random.default_rng([self.seed, self.epoch]).permutation(self.bins)
+            else np.random.default_rng([self.seed, epoch]).permutation(self.bins)
         )
-        padded = np.full(self.batches * self.world * self.batch_size, EMPTY)
-        padded[: self.bins] = order
-        for batch in padded.reshape(self.batches, self.world, self.batch_size)[:, self.rank]:
-            yield [(self.epoch, int(number)) for number in batch]
+        order = order[self.start if epoch == self.start_epoch else 0 :]
+        shape = (self._steps(len(order)), self.accumulation, self.world, self.batch_size)
+        padded = np.full(math.prod(shape), EMPTY)
+        padded[: len(order)] = order
+        steps = padded.reshape(shape[0], math.prod(shape[1:]))
+        if self.balanced:
+            lengths = np.where(steps == EMPTY, EMPTY, self.lengths[steps])
+            steps = np.take_along_axis(steps, deal(lengths, *shape[1:]).reshape(steps.shape), axis=1)
+        for batch in steps.reshape(-1, self.world, self.batch_size)[:, self.rank].tolist():
+            yield [(epoch, number) for number in batch]
 
 
 class BinLoader(DataLoader):

@@ -13,8 +13,15 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from hf_sft.locks import announced, is_announced
+
 _POLL_SECONDS = 0.2
 _PATIENCE_SECONDS = 12 * 3600.0
+_SILENCE_SECONDS = 600.0
+
+
+class WriterGone(ValueError):
+    """Who was to write what this process waits for has ended."""
 
 
 def default_cache_dir() -> Path:
@@ -78,24 +85,34 @@ def write_folder(
     except OSError as error:
         raise ValueError(f"The folder {folder.parent} cannot be written to ({error}). {way_out}") from None
     try:
-        write(temporary)
-        now = time.time()  # this machine's clock, also where a file server has another
-        os.utime(temporary, (now, now))
-        while True:
-            try:
-                temporary.rename(folder)
-                return
-            except OSError:  # a folder is there: from before, or another process was faster
-                if not folder.is_dir():
-                    raise
-            if not replace:
-                return
-            with contextlib.suppress(FileNotFoundError):
-                folder.rename(old)
-            shutil.rmtree(old, ignore_errors=True)
+        with announced(_lock_of(folder)):
+            _fill(temporary, write, folder, old, replace)
     finally:
         for leftover in (temporary, old):
             shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _lock_of(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.lock")
+
+
+def _fill(temporary: Path, write: Callable[[Path], None], folder: Path, old: Path, replace: bool) -> None:
+    """``write_folder`` without cleaning up; ``old`` is where a folder goes that is replaced."""
+    write(temporary)
+    now = time.time()  # this machine's clock, also where a file server has another
+    os.utime(temporary, (now, now))
+    while True:
+        try:
+            temporary.rename(folder)
+            return
+        except OSError:  # a folder is there: from before, or another process was faster
+            if not folder.is_dir():
+                raise
+        if not replace:
+            return
+        with contextlib.suppress(FileNotFoundError):
+            folder.rename(old)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def write_file(path: str | Path, text: str) -> Path:
@@ -111,22 +128,32 @@ def write_file(path: str | Path, text: str) -> Path:
     return target
 
 
-def wait_for_folder(folder: Path, patience: float = _PATIENCE_SECONDS, *, written_since: float = 0.0) -> None:
+def wait_for_folder(
+    folder: Path, patience: float = _PATIENCE_SECONDS, *, written_since: float = 0.0, silence: float = _SILENCE_SECONDS
+) -> None:
     """Wait until another process has finished ``folder``. It appears by a rename, so there are no half-written ones.
 
     Polling, not a collective: preparing may take longer than a collective's timeout.
 
     Args:
+        patience: seconds to wait for a process that is at work.
         written_since: seconds since the epoch; a folder that is older is about to be replaced.
+        silence: seconds to wait for one to begin.
 
     Raises:
-        TimeoutError: nothing came in ``patience`` seconds.
+        WriterGone: the process that was at work has ended without a result.
+        TimeoutError: nothing came in time.
     """
-    deadline = time.monotonic() + patience
+    lock, began, met = _lock_of(folder), time.monotonic(), False
     while not _is_written(folder, written_since):
-        if time.monotonic() > deadline:
+        if is_announced(lock):
+            met = True
+        elif met and not _is_written(folder, written_since):
+            raise WriterGone("the process with LOCAL_RANK 0 has ended while it tokenised; its own message says why")
+        waited = time.monotonic() - began
+        if waited > (patience if met else min(patience, silence)):
             raise TimeoutError(
-                f"Waited {patience:.0f} s for the tokenised data at {folder}, which the process with LOCAL_RANK 0 "
+                f"Waited {waited:.0f} s for the tokenised data at {folder}, which the process with LOCAL_RANK 0 "
                 "writes. See that process's log; all ranks of a machine must see the same data_cache_dir."
             )
         time.sleep(_POLL_SECONDS)

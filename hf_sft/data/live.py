@@ -21,7 +21,7 @@ import pyarrow as pa
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from hf_sft.arguments import DataArguments
-from hf_sft.data.bins import EMPTY
+from hf_sft.data.bins import EMPTY, deal
 from hf_sft.data.files import BadRecord, Record, size_of
 from hf_sft.data.packing import pack_documents
 from hf_sft.data.pipeline import read_source, reasons, refuse
@@ -251,7 +251,14 @@ class StreamBins(IterableDataset):
         for number in itertools.count():
             step = list(itertools.islice(bins, self.batch_size * self.world))
             if number % turns == turn:
-                yield step[self.rank * self.batch_size : (self.rank + 1) * self.batch_size]
+                yield self._share(step)
+
+    def _share(self, step: list[list[Item]]) -> list[list[Item]]:
+        """This rank's bins of a step, which never lacks one: a stream has no end."""
+        if self.world == 1:
+            return step
+        lengths = [sum(len(item["input_ids"]) for item in members) for members in step]
+        return [step[place] for place in deal(np.array([lengths]), 1, self.world, self.batch_size)[0, 0, self.rank]]
 
     def bins(self, epoch: int) -> Iterator[list[Item]]:
         """The bins of one pass over the data."""

@@ -5,12 +5,15 @@ A chunk's rows depend on its records alone, so the number of processes changes n
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import itertools
 import json
 import multiprocessing
 import os
 import random
+import signal
+import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -282,9 +285,14 @@ def _record_batch(kept: list[tuple[TokenRow, int, int]]) -> tuple[pa.RecordBatch
 _encoder: RowEncoder | None = None  # of a worker process
 
 
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
 def _start_worker(tokenizer: Any, encoding: Encoding, name: str) -> None:
     global _encoder
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    if sys.platform == "linux":  # if the parent is killed; else they wait for ever, and hold its connections open
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     _encoder = RowEncoder(tokenizer, encoding, name)
 
 

@@ -11,7 +11,9 @@ import json
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +28,12 @@ from peft import (
 )
 from peft.utils import ModulesToSaveWrapper, load_peft_weights
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hf_sft.arguments import LoraArguments
 from hf_sft.models.quantization import STATE_SPACE_BARE_LAYERS, STATE_SPACE_TYPES
+from hf_sft.models.sharded import gathered, without_partitioning
 from hf_sft.models.vocabulary import grow_embeddings, heads_are_tied, vocabulary_rows
 
 logger = logging.getLogger(__name__)
@@ -174,6 +177,10 @@ def load_adapter(base: PreTrainedModel, folder: str, *, is_trainable: bool = Fal
     grow_to_adapter(base, config, weights)
     try:
         model = _wrap(base, config)
+        if (
+            base.device.type == "meta"
+        ):  # a copy into nothing is nothing: the adapter's tensors take the places of meta ones
+            model.load_state_dict = partial(model.load_state_dict, assign=True)  # type: ignore[method-assign]
         result: Any = set_peft_model_state_dict(model, weights)
     except (ValueError, RuntimeError, KeyError) as error:
         raise ValueError(f"{unfit}: {str(error).strip()[:300]}") from error
@@ -190,9 +197,23 @@ def _wrap(base: PreTrainedModel, config: LoraConfig) -> PeftModel:
     with warnings.catch_warnings():
         # peft 0.21 asks by the name that transformers 5.23 renamed; to be removed with the next peft.
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
-        model = get_peft_model(base, config, autocast_adapter_dtype=True)
+        with _whole_vocabulary(base, config):
+            model = get_peft_model(base, config, autocast_adapter_dtype=True)
     _hold_saved_modules_in_float32(model)
     return model
+
+
+@contextmanager
+def _whole_vocabulary(base: PreTrainedModel, config: LoraConfig) -> Iterator[None]:
+    """Where rows of a partitioned vocabulary are trained, PEFT (0.21) collects them on CUDA only: it finds them whole instead."""
+    matrices = [
+        matrix.weight for matrix in (base.get_input_embeddings(), base.get_output_embeddings()) if matrix is not None
+    ]
+    if not config.trainable_token_indices:
+        yield
+        return
+    with gathered(matrices), without_partitioning():
+        yield
 
 
 def read_adapter_config(folder: str) -> LoraConfig:
@@ -231,30 +252,22 @@ def grow_to_adapter(base: PreTrainedModel, config: LoraConfig, weights: dict[str
         grow_embeddings(base, needed)
 
 
-def trainable_parameters(model: nn.Module) -> tuple[int, int]:
-    """(trained, all) numbers in ``model``; a 4-bit weight counts its true size."""
-    trained = total = 0
-    for parameter in model.parameters():
-        state = getattr(parameter, "quant_state", None)
-        count = parameter.numel() if state is None else int(torch.Size(state.shape).numel())
-        total += count
-        trained += count if parameter.requires_grad else 0
-    return trained, total
-
-
-def summary(model: nn.Module) -> str:
-    """One line about what is trained."""
-    trained, total = trainable_parameters(model)
-    return f"Trainable parameters: {trained:,} of {total:,} ({100 * trained / max(1, total):.3g} %)"
-
-
 def save_adapter(
     model: PeftModel, folder: str, state_dict: dict[str, torch.Tensor] | None = None, **keywords: Any
 ) -> None:
     """Write the adapter alone.
 
-    PEFT adds both whole vocabulary matrices when the vocabulary has grown; where all new rows are adapter weights already, they
-    stay out.
+    Args:
+        state_dict: whole tensors of what is trained, where the model's own are sharded.
+    """
+    embeddings = "auto" if needs_vocabulary(model) else False
+    model.save_pretrained(folder, state_dict=state_dict, save_embedding_layers=embeddings, **keywords)
+
+
+def needs_vocabulary(model: PeftModel) -> bool:
+    """Whether the whole vocabulary matrices go with the adapter if the vocabulary has grown.
+
+    PEFT would always add them; where all new rows are adapter weights already, they stay out.
     """
     config: Any = model.peft_config[str(model.active_adapter)]
     base: Any = model.get_base_model()
@@ -267,8 +280,16 @@ def save_adapter(
         # A mask token is never written: the head's row of a new one stays the mean that loading makes it again.
         only_read = {getattr(base.config, "mask_token_id", None)}
         needed |= set() if rows.get(embedding, set()) <= only_read else {_last(head)}
-    covered = needed <= held
-    model.save_pretrained(folder, state_dict=state_dict, save_embedding_layers=False if covered else "auto", **keywords)
+    return not needed <= held and _has_grown(base)
+
+
+def _has_grown(base: PreTrainedModel) -> bool:
+    """Whether there are more rows than where the base came from; True where that is not known."""
+    try:
+        stored, _ = PretrainedConfig.get_config_dict(str(base.name_or_path))
+    except (OSError, ValueError):
+        return True
+    return vocabulary_rows(base) != stored.get("text_config", stored).get("vocab_size")
 
 
 def _token_rows(

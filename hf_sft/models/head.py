@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_sft.losses import LogitTransform, ReplacedRows, RowScores, score_logits, score_rows
+from hf_sft.models.sharded import is_partitioned
 from hf_sft.models.wrappers import evaluating
 
 
@@ -51,7 +52,19 @@ class HeadScorer:
         self.transform = logit_transform(model.config)
         self._request: _Request | None = None
         self._row_ids: Tensor | None = None
-        head.register_forward_pre_hook(self._before_head)
+        self._head = head
+        self._hook = head.register_forward_pre_hook(self._before_head)
+
+    def after_engine(self) -> None:
+        """To be called once an engine has put its own hooks on the model: those that gather the head's weight come first then.
+
+        ZeRO-3 gathers the weights of one module at a time: rows that an adapter trains, a module inside the head, are not there
+        yet when the head's turn comes. Such a head runs as it is, on the scored rows only.
+        """
+        self._hook.remove()
+        self._hook = self._head.register_forward_pre_hook(self._before_head)
+        if _linear(self._head) is not self._head and any(map(is_partitioned, self._head.parameters())):
+            self.chunked = False
 
     @contextmanager
     def scoring(self, rows_R: Tensor, target_R: Tensor, weight_R: Tensor) -> Iterator[_Request]:

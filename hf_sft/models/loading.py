@@ -8,6 +8,7 @@ import logging
 import os
 import warnings
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,11 +21,15 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    set_seed,
 )
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from hf_sft.arguments import LoraArguments, ModelArguments
 from hf_sft.checks import check_lora, check_model
+from hf_sft.locks import one_of
 from hf_sft.models.quantization import keep_trainable_on_cpu, quantization_config, quantized_device
+from hf_sft.models.sharded import without_partitioning
 from hf_sft.models.vocabulary import add_special_tokens, resize_embeddings
 from hf_sft.models.wedlm import MODEL_TYPE
 
@@ -104,12 +109,16 @@ def load_model(
         config = scratch_config(model, tokenizer)
         loaded = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=model.trust_remote_code)
     else:
-        loaded = _load_weights(model, dtype, training)
+        with _turn_to_load(model):
+            loaded = _load_weights(model, dtype, training)
+    _tell_dtype(model, dtype, loaded.dtype)
     new_ids = resize_embeddings(loaded, tokenizer, input_rows) if tokenizer is not None else []
     if model.train_mode == "full":
         return loaded
     from hf_sft.models.adapters import add_adapter
 
+    if training is not None:
+        set_seed(training.seed)  # loading draws random numbers, and not the same ones under every engine
     return add_adapter(
         loaded,
         lora,
@@ -118,6 +127,23 @@ def load_model(
         training=training,
         revision=model.model_revision,
     )
+
+
+def _tell_dtype(model: ModelArguments, wanted: torch.dtype, found: torch.dtype) -> None:
+    """ZeRO-3 loads weights in the type of its arithmetic.
+
+    Raises:
+        ValueError: another type was asked for by name.
+    """
+    if found == wanted or not is_deepspeed_zero3_enabled():
+        return
+    why = f"under ZeRO-3 weights are held in {str(found).removeprefix('torch.')} (float32 unless bf16 or fp16 is true)"
+    if model.dtype is not None:
+        raise ValueError(f"dtype is {model.dtype}, and {why}: leave dtype out, and choose by bf16.")
+    if model.train_mode == "full":
+        logger.info("%s; the masters that are trained are float32", why)
+    else:
+        logger.warning("%s: for a base in bfloat16 set bf16 to true", why)
 
 
 def resolve_dtype(model: ModelArguments, lora: LoraArguments) -> torch.dtype:
@@ -194,6 +220,23 @@ def _fit_to_tokenizer(config: PretrainedConfig, tokenizer: PreTrainedTokenizerFa
     config.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id != tokenizer.eos_token_id else None
 
 
+def _turn_to_load(model: ModelArguments) -> AbstractContextManager[None]:
+    """Wait until fewer than ``max_loading_processes`` of this launch and machine load weights: their peaks do not add up.
+
+    Raises:
+        ValueError: the processes load together.
+    """
+    processes = model.max_loading_processes
+    if processes is None:
+        return nullcontext()
+    if is_deepspeed_zero3_enabled() and model.train_mode != "qlora":  # quantised weights are partitioned later
+        raise ValueError(
+            f"max_loading_processes is {processes}, and under ZeRO-3 all processes load together, each its part of every tensor: "
+            "none can wait for another. Leave max_loading_processes out."
+        )
+    return one_of(processes)
+
+
 def _load_weights(model: ModelArguments, dtype: torch.dtype, training: Any) -> PreTrainedModel:
     """A pretrained causal LM, checked to be complete; quantised on the way in under qlora."""
     name = str(model.model_name_or_path)
@@ -205,21 +248,24 @@ def _load_weights(model: ModelArguments, dtype: torch.dtype, training: Any) -> P
             f"{name!r} is quantised already; training starts from the original weights (train_mode qlora quantises them itself)."
         )
     extra: dict[str, Any] = {}
+    partitioning: AbstractContextManager[None] = nullcontext()
     if model.train_mode == "qlora":
+        partitioning = without_partitioning()  # of quantised weights it is the engine's, later
         kind = str(quantization_kind(model))
         extra["quantization_config"] = quantization_config(kind, dtype, config, double=model.double_quantization)
         extra["device_map"] = {"": quantized_device(training)}
     try:
-        outcome: Any = AutoModelForCausalLM.from_pretrained(
-            name,
-            config=config,
-            dtype=dtype,
-            revision=model.model_revision,
-            trust_remote_code=model.trust_remote_code,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-            **extra,
-        )  # fmt: skip  (mismatched sizes are refused below, by name)
+        with partitioning:
+            outcome: Any = AutoModelForCausalLM.from_pretrained(
+                name,
+                config=config,
+                dtype=dtype,
+                revision=model.model_revision,
+                trust_remote_code=model.trust_remote_code,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                **extra,
+            )  # fmt: skip  (mismatched sizes are refused below, by name)
     except (OSError, SafetensorError, RuntimeError, KeyError) as error:
         raise ValueError(f"The weights of {name!r} could not be loaded: {_one_line(error)}") from error
     loaded, info = outcome

@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_sft.data.chat import WANTED_TOKENS
+from hf_sft.models.sharded import gathered, whole_shape
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +68,7 @@ def resize_embeddings(
 def vocabulary_rows(model: PreTrainedModel) -> int:
     """V, padding included."""
     embedding: Any = model.get_input_embeddings()
-    return int(embedding.weight.shape[0])
+    return whole_shape(embedding.weight)[0]
 
 
 def grow_embeddings(model: PreTrainedModel, rows: int) -> None:
@@ -100,8 +101,9 @@ def set_rows_to_mean(model: PreTrainedModel, ids: Sequence[int], head_ids: Seque
     done = set()
     for tensor, rows in chosen:
         if first > 0 and id(tensor) not in done and rows:  # a tied head is the embedding
-            index = torch.tensor(list(rows), device=tensor.device)
-            tensor.data[index] = tensor.data[:first].mean(dim=0, dtype=torch.float32).to(tensor.dtype)
+            with gathered([tensor], written=True):
+                index = torch.tensor(list(rows), device=tensor.device)
+                tensor.data[index] = tensor.data[:first].mean(dim=0, dtype=torch.float32).to(tensor.dtype)
         done.add(id(tensor))
 
 

@@ -20,8 +20,10 @@ from hf_sft.data.bins import BinLoader, Bins, BinSampler, Examples
 from hf_sft.data.live import LazyBins, LiveRecords, StreamBins, is_stream
 from hf_sft.data.pipeline import rows_from_examples
 from hf_sft.metrics import sum_dtype
+from hf_sft.models.vocabulary import vocabulary_rows
 from hf_sft.models.wrappers import base_model
 from hf_sft.objectives import Objective
+from hf_sft.training.workers import outlive_termination
 
 logger = logging.getLogger(__name__)
 
@@ -38,8 +40,10 @@ class BinTrainer(Trainer):
         collects_logits: evaluation needs one document per row, for functions on logits.
         user_collator: a collator that replaces ours.
         embedding_rows: token ids must be smaller.
+        _resumed_bins: (epoch, number): so many bins of that epoch were seen before the run went on with steps of another size.
     """
 
+    _resumed_bins: tuple[int, int] | None = None
     data_args: DataArguments
     objective: Objective
     layout: Choice
@@ -49,7 +53,7 @@ class BinTrainer(Trainer):
 
     def _read_model(self, model: nn.Module, tokenizer: Any, args: Any) -> None:
         self._seed: int = args.seed if args.data_seed is None else args.data_seed
-        self.embedding_rows = cast(nn.Embedding, base_model(model).get_input_embeddings()).weight.shape[0]
+        self.embedding_rows = vocabulary_rows(base_model(model))
         self._pad = getattr(tokenizer, "pad_token_id", None) or 0
 
     def _bins(self, dataset: Any, tokenizer: Any, *, evaluation: bool = False) -> AnyBins:
@@ -97,8 +101,10 @@ class BinTrainer(Trainer):
         accumulation: int = 1,
         seed: int | None = None,
         evaluation: bool = False,
+        resumed: tuple[int, int] | None = None,
     ) -> BinLoader:
         args = self.args
+        start_epoch, start = resumed or (0, 0)
         sampler = BinSampler(
             len(dataset),
             batch_size,
@@ -106,6 +112,11 @@ class BinTrainer(Trainer):
             world=args.world_size,
             rank=args.process_index,
             seed=seed,
+            lengths=dataset.fills if isinstance(dataset, Bins) else None,
+            # Logits come back in the order of the data, and what fills up the last batch is cut off behind them.
+            balanced=not (evaluation and self.collects_logits),
+            start=start,
+            start_epoch=start_epoch,
         )
         return self._bin_loader(dataset, evaluation=evaluation, batch_sampler=sampler)
 
@@ -123,7 +134,7 @@ class BinTrainer(Trainer):
             pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
             persistent_workers=args.dataloader_persistent_workers and workers > 0,
             prefetch_factor=args.dataloader_prefetch_factor if workers else None,
-            worker_init_fn=partial(seed_worker, num_workers=workers, rank=args.process_index) if workers else None,
+            worker_init_fn=partial(_begin_worker, num_workers=workers, rank=args.process_index) if workers else None,
             **how,
         )
 
@@ -137,7 +148,8 @@ class BinTrainer(Trainer):
             return self._bin_loader(share, evaluation=False, batch_size=None)
         seed = None if args.train_sampling_strategy == "sequential" else self._seed
         dataset = cast(Bins, self.train_dataset)
-        return self._loader(dataset, self._train_batch_size, accumulation=args.gradient_accumulation_steps, seed=seed)
+        steps = args.gradient_accumulation_steps
+        return self._loader(dataset, self._train_batch_size, accumulation=steps, seed=seed, resumed=self._resumed_bins)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> BinLoader:
         """This rank's batches of ``eval_dataset`` (data, the name of one of several, or by default the Trainer's own)."""
@@ -175,3 +187,9 @@ class BinTrainer(Trainer):
         items: Tensor = sum(batch["num_items"] for batch in batch_samples)
         items = items.to(device, sum_dtype(device))
         return self.accelerator.reduce(items, "sum") if self.args.world_size > 1 else items
+
+
+def _begin_worker(number: int, num_workers: int, rank: int) -> None:
+    """Seeds of a loader's worker, which outlives a SIGTERM to the whole job as long as its process needs it for the last step."""
+    seed_worker(number, num_workers, rank)
+    outlive_termination()

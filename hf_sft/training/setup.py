@@ -13,15 +13,20 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from hf_sft.arguments import DataArguments, ModelArguments, WeDLMArguments
+from hf_sft.attention.backends import backend_named
+from hf_sft.attention.selfcheck import Choice, choose_layout, install_layout
 from hf_sft.checks import check_task, check_values, check_wedlm
 from hf_sft.data.chat import end_of_turn_id
 from hf_sft.data.templates import resolve_template
 from hf_sft.models.adapters import with_input_row
+from hf_sft.models.head import HeadScorer
 from hf_sft.models.loading import check_max_seq_length, load_model, load_tokenizer
 from hf_sft.models.mask_token import record_mask_token, resolve_mask_token
 from hf_sft.models.quantization import keep_trainable_on_cpu
+from hf_sft.models.twin import random_twin
 from hf_sft.models.vocabulary import resize_embeddings, vocabulary_rows
 from hf_sft.models.wrappers import base_model
 from hf_sft.objectives import Objective, build_objective
@@ -107,7 +112,7 @@ def prepare_model(model: nn.Module, peft_config: Any, args: Any, mask_token_id: 
         )
     if getattr(base, "quantization_method", None) is not None:
         keep_trainable_on_cpu(base)
-    elif getattr(base, "hf_device_map", None) is None:
+    elif getattr(base, "hf_device_map", None) is None and not _placed_by_engine(base, args):
         model.to(args.device)
     low = {p.dtype for p in model.parameters() if p.requires_grad} & {torch.bfloat16, torch.float16}
     if low:
@@ -118,6 +123,61 @@ def prepare_model(model: nn.Module, peft_config: Any, args: Any, mask_token_id: 
             stacklevel=3,
         )
     return model
+
+
+def _placed_by_engine(base: PreTrainedModel, args: Any) -> bool:
+    """Whether weights reach the device in shards only: whole ones may be too large for it. Quantised ones are there already."""
+    sharded = bool(args.fsdp) or is_deepspeed_zero3_enabled()
+    return sharded and getattr(base, "quantization_method", None) is None
+
+
+def measure_layout(
+    model: nn.Module, scorer: HeadScorer, args: Any, backend: str, packing: bool | None, mask_token_id: int | None
+) -> Choice:
+    """How documents are laid out, and whether the head can be scored in chunks (``scorer`` remembers): measured on ``model``, or
+    on a random twin in the first process where the engine is yet to put its weights together.
+
+    Raises:
+        ValueError: as ``choose_layout``, in all processes.
+    """
+    probe = torch.arange(16, device=args.device)[None]
+    if not _placed_by_engine(base_model(model), args):
+        choice = choose_layout(model, backend, packing, mask_token_id)
+        scorer.verify(model, probe)
+    else:
+        choice = _measure_twin(model, scorer, args, (backend, packing, mask_token_id), probe)
+    if not scorer.chunked:
+        logger.warning(
+            "the head of this model is not a plain linear layer (or not what its config says): its logits are computed whole "
+            "for the scored rows, which takes more memory than chunks"
+        )
+    return choice
+
+
+def _measure_twin(
+    model: nn.Module, scorer: HeadScorer, args: Any, asked: tuple[Any, ...], probe: torch.Tensor
+) -> Choice:
+    base = base_model(model)
+    outcome: list[Any] = [None]
+    if args.process_index == 0:
+        twin = random_twin(base, args.device)
+        backend, packing, mask_token_id = asked
+        mask_token_id = None if mask_token_id is None else min(mask_token_id, vocabulary_rows(twin) - 1)
+        twin_scorer = HeadScorer(twin)
+        try:
+            choice = choose_layout(twin, backend, packing, mask_token_id)
+            outcome = [(choice.backend and choice.name, choice.reason, twin_scorer.verify(twin, probe))]
+        except ValueError as error:
+            outcome = [error]
+    if torch.distributed.is_initialized():
+        torch.distributed.broadcast_object_list(outcome, src=0)
+    if isinstance(outcome[0], ValueError):
+        raise outcome[0]
+    name, reason, chunked = outcome[0]
+    scorer.chunked &= chunked
+    chosen = backend_named(name, wedlm=asked[2] is not None) if name else None
+    install_layout(model, chosen)
+    return Choice(chosen, f"{reason}, on a random twin")
 
 
 def prepare_data_arguments(data: DataArguments | None, model: nn.Module) -> DataArguments:

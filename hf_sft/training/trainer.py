@@ -26,20 +26,21 @@ from transformers.trainer_utils import EvalLoopOutput, PredictionOutput, TrainOu
 
 from hf_sft.arguments import DataArguments, WeDLMArguments
 from hf_sft.attention.layout import Layout
-from hf_sft.attention.selfcheck import choose_layout
-from hf_sft.checkpoints import resolve_resume, verify_adapter, verify_weights
+from hf_sft.checkpoints import verify_adapter, verify_weights
 from hf_sft.collators import CONTRACT_KEYS, Batch
 from hf_sft.data.chat import IGNORE
 from hf_sft.losses import RowScores, score_logits
 from hf_sft.metrics import TokenSums, TokenTotals, sum_dtype
 from hf_sft.models.adapters import save_adapter
 from hf_sft.models.head import HeadScorer
+from hf_sft.models.sharded import whole_numel
 from hf_sft.models.wrappers import base_model
-from hf_sft.training.bin_trainer import BinTrainer
+from hf_sft.training.checkpoint_trainer import CheckpointTrainer
 from hf_sft.training.setup import (
     check_arguments,
     check_options,
     load_named_model,
+    measure_layout,
     prepare_data_arguments,
     prepare_model,
     prepare_objective,
@@ -50,7 +51,7 @@ from hf_sft.training_arguments import TrainingArguments
 logger = logging.getLogger(__name__)
 
 
-class SFTTrainer(BinTrainer):
+class SFTTrainer(CheckpointTrainer):
     """Fine-tune a causal LM on conversations or token rows.
 
     Args:
@@ -106,13 +107,8 @@ class SFTTrainer(BinTrainer):
         processing_class = prepare_tokenizer(processing_class, model, self.data_args)
 
         self.scorer = HeadScorer(model)
-        self.layout = choose_layout(model, attention_backend, packing, self.objective.mask_token_id)
+        self.layout = measure_layout(model, self.scorer, args, attention_backend, packing, self.objective.mask_token_id)
         logger.info("documents are laid out %s (%s)", self.layout.name, self.layout.reason)
-        if not self.scorer.verify(model, torch.arange(16, device=args.device)[None]):
-            logger.warning(
-                "the head of this model is not a plain linear layer (or not what its config says): its logits are computed whole "
-                "for the scored rows, which takes more memory than chunks"
-            )
 
         self.collects_logits = trainer_options.get("compute_metrics") is not None and not args.prediction_loss_only
         self.user_collator = data_collator
@@ -204,7 +200,8 @@ class SFTTrainer(BinTrainer):
 
     @cached_property
     def _parameter_count(self) -> int:
-        return self._base.num_parameters(exclude_embeddings=True)
+        embeddings = {id(module.weight) for module in self._base.modules() if isinstance(module, nn.Embedding)}
+        return sum(whole_numel(p) for p in self._base.parameters() if id(p) not in embeddings)
 
     # ---- evaluation ----
 
@@ -257,11 +254,15 @@ class SFTTrainer(BinTrainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """``Trainer.train``; True or ``auto`` resumes from the newest complete checkpoint, if there is one."""
-        checkpoint = resolve_resume(str(self.args.output_dir), resume_from_checkpoint)
         self._train_sums, self._clock = TokenSums(self.args.device, self.objective.kinds), time.perf_counter()
         self._run_state = self._train_sums.state()
-        output = super().train(checkpoint, *args, **kwargs)
+        output = super().train(resume_from_checkpoint, *args, **kwargs)
         return output._replace(training_loss=output.metrics["train_loss"])
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        self.scorer.after_engine()
+        return prepared
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         self._logs_step = True  # the next line with a loss is Trainer's own, on every rank
@@ -289,6 +290,14 @@ class SFTTrainer(BinTrainer):
         self._run_state = self._run_state + state
         self._train_sums = TokenSums(self.args.device, self.objective.kinds)
         return TokenSums.totals(state)
+
+    def _counters(self) -> dict[str, list[float]]:
+        return {"window": self._reduced(self._train_sums).tolist(), "run": self._run_state.tolist()}
+
+    def _set_counters(self, counters: dict[str, list[float]]) -> None:
+        self._run_state = self._run_state.new_tensor(counters["run"])
+        if self.args.process_index == 0:  # they are sums over all processes
+            self._train_sums.load(self._run_state.new_tensor(counters["window"]))
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> Any:
         with self._stopped_clock():
