@@ -155,6 +155,7 @@ def test_adapter_weights_are_float32_on_a_bfloat16_base(folder) -> None:
 
 def test_reentrant_checkpointing_gets_a_graph(folder) -> None:
     class Training:
+        seed = 0
         activation_checkpointing = True
         activation_checkpointing_kwargs = {"use_reentrant": True}
 

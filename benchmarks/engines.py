@@ -1,0 +1,201 @@
+"""The same training on every engine: two CPU processes (gloo, one thread each), beside one process with two threads.
+
+    python benchmarks/engines.py [--repeats 2] [--steps 8] [--note "..."] [--output results.json]
+
+Model and documents are those of ``benchmarks/step.py``, in packs of 1,024 tokens; two packs per step, full and LoRA (rank 8,
+all linear layers), float32. Engines take turns, each in fresh processes, so that a slow moment of the machine hits all.
+
+- step: from the end of one to the end of the next on the first process, without saving; medians, the first two left out.
+- processor: what all processes together computed for it, which other work on the machine hardly changes.
+- save: a whole checkpoint, verified and brought to the disk.
+- agreed: what processes ask each other at every step (SIGTERM), 2,000 times in a row on the two processes of DDP.
+
+Two processes of one machine share its memory and its cores: that says what engines add to a step, not how they scale.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+ENGINES: dict[str, dict[str, Any]] = {
+    "one process": {},
+    "DDP": {},
+    "ZeRO-2": {"deepspeed": {"zero_optimization": {"stage": 2}}},
+    "ZeRO-3": {"deepspeed": {"zero_optimization": {"stage": 3}}},
+    "FSDP2": {"fsdp": True},
+}
+MODES = ("full", "LoRA")
+VOCABULARY, LENGTH, SAVE_STEPS, QUESTIONS = 6400, 1024, 4, 2000
+
+
+# ---- in the processes of one run ----
+
+
+def train(engine: str, mode: str, steps: int, folder: str) -> dict[str, list[float]]:
+    """Seconds of each step, by the clock and of the processor, and of each checkpoint, on this process; the losses."""
+    from peft import LoraConfig
+    from step import documents, make_model
+    from transformers import TrainerCallback
+
+    from hf_sft.arguments import DataArguments
+    from hf_sft.training.trainer import SFTTrainer
+    from hf_sft.training_arguments import TrainingArguments
+
+    found: dict[str, list[float]] = {"step": [], "processor": [], "save": []}
+
+    class Clock(TrainerCallback):
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            self.mark = time.perf_counter(), time.process_time()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            found["step"].append(time.perf_counter() - self.mark[0])
+            found["processor"].append(time.process_time() - self.mark[1])
+            self.mark = time.perf_counter(), time.process_time()
+
+        on_save = on_train_begin
+
+    args = TrainingArguments(
+        output_dir=folder, max_steps=steps, logging_steps=1, learning_rate=1e-4, lr_scheduler_type="constant", use_cpu=True,
+        per_device_train_batch_size=2 // int(os.environ.get("WORLD_SIZE", "1")), save_strategy="steps", save_steps=SAVE_STEPS,
+        save_total_limit=1, disable_tqdm=True, report_to="none", **ENGINES[engine],
+    )  # fmt: skip
+    lora = LoraConfig(task_type="CAUSAL_LM", r=8, target_modules="all-linear") if mode == "LoRA" else None
+    trainer: Any = SFTTrainer(
+        make_model(VOCABULARY), args, train_dataset=documents(steps * 14, VOCABULARY), peft_config=lora,
+        data_args=DataArguments(max_seq_length=LENGTH), attention_backend="segment", callbacks=[Clock()],
+    )  # fmt: skip
+    save = trainer._save_checkpoint
+
+    def timed(*words: Any) -> None:
+        start = time.perf_counter()
+        save(*words)
+        found["save"].append(time.perf_counter() - start)
+
+    trainer._save_checkpoint = timed
+    trainer.train()
+    found["loss"] = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    return found
+
+
+def ask() -> list[float]:
+    """Seconds of each question whether to stop."""
+    from hf_sft.training.preemption import Preemption
+
+    seconds = []
+    with Preemption() as preemption:
+        for _ in range(QUESTIONS):
+            start = time.perf_counter()
+            preemption.agreed()
+            seconds.append(time.perf_counter() - start)
+    return seconds
+
+
+def work(engine: str, steps: int, target: Path) -> None:
+    """All that one launch measures, written by the first process."""
+    import torch.distributed as dist
+
+    found: dict[str, Any] = {}
+    for mode in MODES:
+        found[mode] = train(engine, mode, steps, str(target.with_name(mode)))
+        if dist.is_initialized():
+            everyone: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(everyone, found[mode]["processor"])
+            found[mode]["processor"] = [sum(values) for values in zip(*everyone, strict=True)]
+    if engine == "DDP":
+        found["agreed"] = ask()
+    if os.environ.get("RANK", "0") == "0":
+        target.write_text(json.dumps(found))
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+# ---- launching ----
+
+
+def launch(engine: str, steps: int) -> dict[str, Any]:
+    """Judged by the result alone: gloo now and then aborts a process at its exit."""
+    processes = 1 if engine == "one process" else 2
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(2 // processes), "PYTHONPATH": str(ROOT)}
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / "found.json"
+        words = [*launcher, __file__, "--engine", engine, "--steps", str(steps), "--output", str(target)]
+        done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300, check=False)
+        if not target.is_file():
+            raise RuntimeError(f"{engine}: {done.stderr[-4000:]}")
+        return json.loads(target.read_text())
+
+
+def run(repeats: int, steps: int) -> dict[str, Any]:
+    runs: dict[str, list[dict[str, Any]]] = {engine: [] for engine in ENGINES}
+    for _ in range(repeats):
+        for engine in ENGINES:
+            runs[engine].append(launch(engine, steps))
+    results = []
+    for mode in MODES:
+        losses = runs["one process"][0][mode]["loss"]
+        for engine, each in runs.items():
+            parts = [found[mode] for found in each]
+            pairs = zip(losses, parts[0]["loss"], strict=True)
+            seconds = {
+                f"{name} seconds": statistics.median(value for part in parts for value in part[name][2:])
+                for name in ("step", "processor")
+            }
+            results.append(
+                {
+                    "engine": engine,
+                    "mode": mode,
+                    **seconds,
+                    "step seconds of each run": [statistics.median(part["step"][2:]) for part in parts],
+                    "save milliseconds": 1e3 * statistics.median(value for part in parts for value in part["save"]),
+                    "largest loss difference from one process": max(abs(a - b) for a, b in pairs),
+                }
+            )
+    asked = [value for found in runs["DDP"] for value in found["agreed"]]
+    cost = {"median": statistics.median(asked), "mean": statistics.mean(asked)}
+    return {"engines": results, "agreed milliseconds": {name: 1e3 * value for name, value in cost.items()}}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--note", help="goes into the record: what else the machine did")
+    parser.add_argument("--output", help="where to write the record; default: benchmarks/records/engines.json")
+    parser.add_argument("--engine", choices=ENGINES, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.engine:
+        work(options.engine, options.steps, Path(options.output))
+        return
+    from records import write_record
+
+    results = run(options.repeats, options.steps)
+    print("| | mode | step | processor | checkpoint | loss differs by |\n|---|---|---|---|---|---|")
+    for r in results["engines"]:
+        print(
+            f"| {r['engine']} | {r['mode']} | {r['step seconds']:.2f} s | {r['processor seconds']:.2f} s "
+            f"| {r['save milliseconds']:.0f} ms | {r['largest loss difference from one process']:.0e} |"
+        )
+    print("agreed(): {median:.3f} ms (median), {mean:.3f} ms (mean)".format(**results["agreed milliseconds"]))
+    conditions = {"note": options.note, "repeats": options.repeats, "steps": options.steps}
+    print(f"record: {write_record('engines', {**conditions, **results}, options.output)}")
+
+
+if __name__ == "__main__":
+    main()
