@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import json
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from hf_sft import __version__
@@ -49,7 +52,17 @@ def run_command(function: Callable[[Sequence[str]], int | None], argv: Sequence[
             raise
         if type(error).__name__ != "ArgumentsError" or os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
+        _tell_torchrun(str(error))
         return 2
+
+
+def _tell_torchrun(message: str) -> None:
+    """torchrun ends with a report of its own, which shows what each process left in a file for it."""
+    if (path := os.environ.get("TORCHELASTIC_ERROR_FILE")) is None:
+        return
+    record = {"message": message, "extraInfo": {"py_callstack": message, "timestamp": str(int(time.time()))}}
+    with suppress(OSError):
+        Path(path).write_text(json.dumps({"message": record}), encoding="utf-8")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -114,6 +114,10 @@ def _find(checkpoint: str) -> tuple[Path, Callable[[], Tensors]]:
         if not tag.is_dir():
             raise ValueError(f"{path / 'latest'} names {tag.name!r}, and there is no such folder beside it.")
         return path, lambda: _read_zero(tag)
+    if next(path.glob("*model*.safetensors"), None) is not None:
+        raise ValueError(
+            f"{checkpoint!r} is a plain model or adapter folder already: it loads as it is, nothing is to convert."
+        )
     steps = sorted(step.name for step in path.glob("global_step*"))
     where = f" It holds {', '.join(steps)} and no file 'latest': name one of them." if steps else ""
     raise ValueError(

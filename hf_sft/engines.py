@@ -9,9 +9,11 @@ on gloo, and hands accelerate a finished state: so everything that shards weight
 from __future__ import annotations
 
 import copy
+import difflib
 import json
 import os
 import socket
+import warnings
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from importlib.util import find_spec
@@ -23,12 +25,39 @@ from hf_sft.arguments import EngineArguments
 _SCHEDULERS = {"WarmupLR": "constant_with_warmup", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}
 _ADAM = ("Adam", "AdamW")
 _OTHER_PARALLELISM = ("tensor_parallel", "pipeline", "sequence_parallel_size")
-_OWN_LOADERS = ("data_efficiency", "curriculum_learning", "data_types.curriculum")
+_OTHER_WORK = (
+    "amp.enabled",
+    "compression_training",
+    "progressive_layer_drop.enabled",
+    "data_efficiency",
+    "curriculum_learning",
+)
 _OF_THE_ARGUMENTS = (
     "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
 )  # fmt: skip
 # Others look at the shape of a tensor, and see flat vectors (ZeRO) or shards (FSDP2) instead.
-ELEMENTWISE = ("adamw_torch", "adamw_torch_fused", "sgd", "rmsprop", "adagrad")
+ELEMENTWISE = ("adamw_torch", "adamw_torch_fused", "sgd", "rmsprop")
+_FSDP_KEYS = frozenset(
+    """
+    version reshard_after_forward cpu_offload auto_wrap_policy transformer_layer_cls_to_wrap min_num_params state_dict_type
+    activation_checkpointing cpu_ram_efficient_loading xla xla_fsdp_v2 xla_fsdp_grad_ckpt
+    """.split()
+)
+_SECTIONS = ("zero_optimization", "bf16", "fp16", "optimizer", "scheduler")
+# https://www.deepspeed.ai/docs/config-json/ and the names that deepspeed/runtime/constants.py reads.
+_KNOWN_SECTIONS = frozenset(
+    """
+    train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps optimizer scheduler communication_data_type
+    seq_parallel_communication_data_type prescale_gradients gradient_predivide_factor sparse_gradients fp16 bf16 amp
+    torch_autocast gradient_clipping zero_optimization zero_allow_untested_optimizer zero_force_ds_cpu_optimizer
+    steps_per_print wall_clock_breakdown dump_state flops_profiler activation_checkpointing sparse_attention data_types
+    aio comms_logger checkpoint tensorboard wandb csv_monitor comet memory_breakdown dataloader_drop_last
+    load_universal_checkpoint legacy_fusion disable_python_gc gradient_allreduce_op managed_gradient_accumulation
+    graph_harvesting use_data_before_expert_parallelism timers compile disable_allgather elasticity autotuning
+    compression_training data_efficiency curriculum_learning tensor_parallel pipeline sequence_parallel_size hybrid_engine
+    weight_quantization progressive_layer_drop eigenvalue nebula use_node_local_storage
+    """.split()
+)
 _OFFLOADS = {"offload_optimizer": "optimizer states", "offload_param": "parameters"}
 
 
@@ -76,6 +105,8 @@ def deepspeed_config(engine: EngineArguments, given: str | Mapping[str, Any] | N
     if given is None and engine.zero_stage is None:
         return None
     config = read_settings(given, "deepspeed") if given is not None else {}
+    if problems := [*_shape_problems(config)]:
+        raise ValueError("; ".join(problems))
     zero = config.setdefault("zero_optimization", {})
     stage = zero.setdefault("stage", engine.zero_stage or 0)
     if engine.zero_stage is not None and stage != engine.zero_stage:
@@ -102,6 +133,28 @@ def deepspeed_config(engine: EngineArguments, given: str | Mapping[str, Any] | N
                 f"nvme_path is {engine.nvme_path!r}, and the deepspeed file says {section['nvme_path']!r}: say it in one place"
             )
     return config
+
+
+def _shape_problems(config: Mapping[str, Any]) -> Iterator[str]:
+    """Sections that are no objects, and names that DeepSpeed does not know."""
+    zero, optimizer, scheduler = (config.get(name) for name in ("zero_optimization", "optimizer", "scheduler"))
+    places: list[tuple[str, Any]] = [(name, config[name]) for name in _SECTIONS if name in config]
+    places += [
+        (f"zero_optimization.{name}", zero[name]) for name in _OFFLOADS if isinstance(zero, Mapping) and name in zero
+    ]
+    for name, section in (("optimizer", optimizer), ("scheduler", scheduler)):
+        if isinstance(section, Mapping):
+            places.append((f"{name}.params", section.get("params", {})))
+            if not isinstance(section.get("type"), str):
+                yield f"the deepspeed file sets {name}.type to {section.get('type')!r}: it must be a name"
+    for name, value in places:
+        if not isinstance(value, Mapping):
+            yield f"the deepspeed file sets {name} to {value!r}: it must be an object"
+    for name in config:
+        if name not in _KNOWN_SECTIONS:
+            close = difflib.get_close_matches(str(name), _KNOWN_SECTIONS, 1)
+            meant = f"did you mean {close[0]}?" if close else "leave it out"
+            yield f"the deepspeed file has {name}, which is no setting of DeepSpeed: {meant}"
 
 
 def settle_deepspeed(config: Mapping[str, Any], training: Any) -> tuple[dict[str, Any], list[str]]:
@@ -202,16 +255,19 @@ def _parameter_problems(
 
 
 def _unsupported(config: Mapping[str, Any]) -> Iterator[str]:
-    for name in (*_OTHER_PARALLELISM, *_OWN_LOADERS):
+    for name in (*_OTHER_PARALLELISM, *_OTHER_WORK):
         section: Any = config
         for part in name.split("."):
             section = section.get(part) if isinstance(section, Mapping) else None
         if section:
             yield (
-                f"the deepspeed file has {name}, which is not supported (hf_sft deals the data, to data-parallel ranks): "
-                "leave it out"
+                f"the deepspeed file has {name}, which is not supported (data-parallel ranks, hf_sft's own data, bf16 and "
+                "fp16): leave it out"
             )
-    stage = config.get("zero_optimization", {}).get("stage", 0)
+    zero = config.get("zero_optimization", {})
+    stage = zero.get("stage", 0)
+    if stage in (1, 2) and (zero.get("offload_param") or {}).get("device", "none") != "none":
+        yield f"the deepspeed file offloads parameters, and its ZeRO stage is {stage}: only stage 3 shards parameters"
     if stage not in (1, 2, 3):
         yield f"the ZeRO stage of deepspeed is {stage!r}: choose 1, 2 or 3 (0 shards nothing: use torchrun alone)"
 
@@ -250,6 +306,10 @@ def settle_fsdp(fsdp: Any, config: Any) -> tuple[Any, dict[str, Any] | None]:
         key.removeprefix("fsdp_"): value
         for key, value in (read_settings(config, "fsdp_config") if config else {}).items()
     }
+    if unknown := [key for key in settings if key not in _FSDP_KEYS]:
+        close = difflib.get_close_matches(unknown[0], _FSDP_KEYS, 1)
+        meant = f"did you mean {close[0]}?" if close else f"FSDP2 has {', '.join(sorted(_FSDP_KEYS))}"
+        raise ValueError(f"fsdp_config.{unknown[0]} is no setting of FSDP2: {meant}")
     words = fsdp.split() if isinstance(fsdp, str) else list(fsdp) if isinstance(fsdp, (list, tuple)) else []
     strategies = {"full_shard": True, "shard_grad_op": False, "true": None, "auto_wrap": None, "offload": None}
     if unknown := [word for word in words if str(word).lower() not in strategies]:
@@ -258,10 +318,14 @@ def settle_fsdp(fsdp: Any, config: Any) -> tuple[Any, dict[str, Any] | None]:
         )
     for word in words:
         if (reshard := strategies[str(word).lower()]) is not None:
-            settings.setdefault("reshard_after_forward", reshard)
+            said = settings.setdefault("reshard_after_forward", reshard)
+            if str(said).lower() != str(reshard).lower():
+                raise ValueError(
+                    f"fsdp says {word}, and fsdp_config.reshard_after_forward is {said!r}: say it in one place"
+                )
         if str(word).lower() == "offload":
             settings.setdefault("cpu_offload", True)
-    if int(settings.setdefault("version", 2)) != 2:
+    if settings.setdefault("version", 2) not in (2, "2"):
         raise ValueError(
             f"fsdp_config.version is {settings['version']}: only FSDP2 is supported; set it to 2, or leave it out"
         )
@@ -338,6 +402,8 @@ def enter_process_group(training: Settings) -> None:
     timeout = timedelta(seconds=training.ddp_timeout)
     AcceleratorState._reset_state(reset_partial_state=True)
     if training.deepspeed:
+        # DeepSpeed (0.19) calls collectives by names that torch is about to drop: a warning per call.
+        warnings.filterwarnings("ignore", message=".*_tensor.*deprecated.*", category=FutureWarning)
         import deepspeed
 
         if not torch.distributed.is_initialized():

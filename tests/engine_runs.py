@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -25,16 +26,24 @@ from hf_sft.training.trainer import SFTTrainer
 
 
 class Counter:
-    """Looks whenever a tensor is whole: that is when most of them are."""
+    """Looks whenever something has been gathered: that is when most of it is whole."""
 
     def __init__(self, trainer: SFTTrainer) -> None:
         self.trainer = trainer
         self.most = 0
         self.whole = sharded.whole
 
-    def __call__(self, tensor: Any) -> Any:
-        with sharded.gathered([tensor]):
+    def gathered(self, enter: Any) -> Any:
+        """Whatever ZeRO-3 gathers, by whomever it is asked."""
+
+        def entered(context: Any) -> Any:
+            result = enter(context)
             self.most = max(self.most, self.available())
+            return result
+
+        return entered
+
+    def __call__(self, tensor: Any) -> Any:
         found = self.whole(tensor)
         self.most = max(self.most, self.available() + found.numel())
         return found
@@ -48,7 +57,13 @@ class Counter:
 def counted(save: Any) -> Any:
     def save_model(trainer: SFTTrainer, output_dir: str | None = None, _internal_call: bool = False) -> None:
         counter = Counter(trainer)
-        with mock.patch.object(sharded, "whole", counter):
+        with ExitStack() as stack:
+            stack.enter_context(mock.patch.object(sharded, "whole", counter))
+            if trainer.is_deepspeed_enabled:
+                import deepspeed
+
+                gathering = deepspeed.zero.GatheredParameters
+                stack.enter_context(mock.patch.object(gathering, "__enter__", counter.gathered(gathering.__enter__)))
             save(trainer, output_dir, _internal_call)
         if not _internal_call:
             numbers = sum(map(sharded.whole_numel, trainer._base.parameters()))

@@ -149,7 +149,7 @@ def test_what_is_no_checkpoint(tmp_path) -> None:
     out = str(tmp_path / "deep" / "out")
     for source, message in (
         (tmp_path / "none", "does not exist"),
-        (Path(save_tiny(tmp_path / "plain")), "holds no sharded checkpoint"),
+        (Path(save_tiny(tmp_path / "plain")), "loads as it is, nothing is to convert"),
     ):
         with pytest.raises(ValueError, match=message):
             convert_checkpoint(str(source), out)

@@ -151,9 +151,22 @@ def test_no_rank_holds_the_base_while_an_adapter_is_saved(engine: Path) -> None:
     assert whole["most"] <= 2 * 259 * 32, "of a whole model too: the embedding is the largest tensor"
 
 
+@pytest.fixture(scope="module")
+def slower(place: Path) -> Path:
+    """One process, resumed with another learning rate."""
+    saving = {"save_strategy": "steps", "save_steps": 4, "max_steps": 9}
+    launch(place, [case(place, "causal-full", 1, {}, "slower", **saving)], 1)
+    out = place / "slower" / "causal-full"
+    shutil.copytree(out / "checkpoint-4", place / "slower" / "resumed" / "checkpoint-4")
+    shutil.copy(out / "args.json", place / "slower" / "resumed")
+    values = case(place, "causal-full", 1, {}, "slower", **saving, learning_rate=1e-3, resume_from_checkpoint="auto")
+    launch(place, [{**values, "output_dir": str(place / "slower" / "resumed")}], 1)
+    return place / "slower" / "resumed"
+
+
 @pytest.mark.parametrize("name", ["zero2", "zero3", "fsdp2"])
-def test_resumed_is_undisturbed(place: Path, name: str) -> None:
-    """Bit for bit on the same engine; within rounding on one process instead of two."""
+def test_resumed_is_undisturbed(place: Path, slower: Path, name: str) -> None:
+    """Bit for bit on the same engine; within rounding on one process instead of two, and with another learning rate."""
     saving = {"save_strategy": "steps", "save_steps": 4, "max_steps": 9}
     cases = ["causal-full", "wedlm-lora", "bias-all"]
     whole = [case(place, each, 2, ENGINES[name], f"whole-{name}", **saving) for each in cases]
@@ -166,7 +179,11 @@ def test_resumed_is_undisturbed(place: Path, name: str) -> None:
             shutil.copytree(place / f"whole-{name}" / each / "checkpoint-4", out / "checkpoint-4")
             shutil.copy(place / f"whole-{name}" / each / "args.json", out)
             runs_of.append({**values, "resume_from_checkpoint": "auto"})
-    launch(place, resumed, 2)
+    other = {**resumed[0], "output_dir": str(place / f"slower-{name}"), "learning_rate": 1e-3}
+    shutil.copytree(resumed[0]["output_dir"], other["output_dir"])
+    launch(place, [*resumed, other], 2)
+    before, after = (torch.tensor(runs.history(folder)) for folder in (slower, place / f"slower-{name}"))
+    torch.testing.assert_close(after, before, rtol=0, atol=WITHIN)
     launch(place, alone, 1)
     for each in cases:
         before = place / f"whole-{name}" / each

@@ -6,7 +6,9 @@ import json
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -14,9 +16,14 @@ import runs
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
+from hf_sft.checkpoints import incomplete
 from hf_sft.checkpoints.progress import Progress, go_on
+from hf_sft.checkpoints.writing import clear_leftovers
 from hf_sft.data.bins import EMPTY, Bins
+from hf_sft.training.sharded_trainer import STATE_FILE, check_engine_of
+from hf_sft.training.trainer import SFTTrainer
 
 MODES = {
     "full": {},
@@ -301,3 +308,59 @@ def test_another_number_of_processes(tmp_path, first: int) -> None:
     for name, weight in runs.weights(undisturbed).items():
         assert torch.allclose(weight, runs.weights(tmp_path / "out")[name], rtol=0, atol=1e-5), name
     assert runs.history(tmp_path / "out") == pytest.approx(runs.history(undisturbed), abs=1e-5)
+
+
+def test_a_branch_does_not_fall_back_to_what_it_left_behind(tmp_path) -> None:
+    """Resumed from an older checkpoint and stopped again: auto goes on with the branch, and its results are its own."""
+    values = runs.arguments(tmp_path, save_strategy="steps", save_steps=2, max_steps=8, lr_scheduler_type="constant")
+    out = runs.train(values)
+    first = runs.weights(out)
+    branch = {**values, "learning_rate": 1e-3}
+    (tmp_path / "copy").mkdir()
+    shutil.copytree(out / "checkpoint-2", tmp_path / "copy" / "checkpoint-2")
+    shutil.copy(out / "args.json", tmp_path / "copy")
+    undisturbed = runs.train({**branch, "output_dir": str(tmp_path / "copy"), "resume_from_checkpoint": "auto"})
+    runs.train({**branch, "max_steps": 5, "resume_from_checkpoint": str(out / "checkpoint-2")})
+    assert sorted(path.name for path in out.glob("left-behind-*")) == [f"left-behind-checkpoint-{n}" for n in (4, 6, 8)]
+    runs.train({**branch, "resume_from_checkpoint": "auto"})
+    for name, weight in runs.weights(undisturbed).items():
+        assert torch.equal(runs.weights(out)[name], weight) and not torch.equal(first[name], weight), name
+
+
+def test_results_of_another_branch_are_not_taken_for_the_end(tmp_path) -> None:
+    """Killed between the last step and the saving of the result, where an older result stands."""
+    values = runs.arguments(tmp_path, save_strategy="steps", save_steps=2, max_steps=4, lr_scheduler_type="constant")
+    out = runs.train(values)
+    branch = {**values, "learning_rate": 1e-3, "resume_from_checkpoint": str(out / "checkpoint-2")}
+    save = SFTTrainer.save_model
+
+    def killed(trainer: SFTTrainer, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if not _internal_call:
+            raise KeyboardInterrupt
+        save(trainer, output_dir, _internal_call)
+
+    with mock.patch.object(SFTTrainer, "save_model", killed), pytest.raises(KeyboardInterrupt):
+        runs.train(branch)
+    runs.train({**branch, "resume_from_checkpoint": "auto"})
+    held = load_file(out / "checkpoint-4" / "model.safetensors")
+    assert all(torch.equal(runs.weights(out)[name], weight) for name, weight in held.items())
+
+
+def test_the_two_kinds_of_engines_do_not_mix(tmp_path) -> None:
+    plain, sharded = SimpleNamespace(deepspeed=None, fsdp=None), SimpleNamespace(deepspeed=None, fsdp=True)
+    check_engine_of(tmp_path, plain)
+    with pytest.raises(ValueError, match="written without DeepSpeed and FSDP"):
+        check_engine_of(tmp_path, sharded)
+    (tmp_path / STATE_FILE).touch()
+    check_engine_of(tmp_path, sharded)
+    with pytest.raises(ValueError, match="written under DeepSpeed or FSDP"):
+        check_engine_of(tmp_path, plain)
+
+
+def test_a_sealed_checkpoint_without_its_name_gets_it(tmp_path) -> None:
+    """Killed between the two renames of one that is written again."""
+    out = runs.train(runs.arguments(tmp_path, save_strategy="steps", save_steps=2, max_steps=4))
+    (out / "checkpoint-4").rename(out / ".checkpoint-4.writing")
+    (out / ".checkpoint-2.removing").mkdir()
+    clear_leftovers(out)
+    assert incomplete(out / "checkpoint-4") is None and not list(out.glob(".checkpoint-*"))

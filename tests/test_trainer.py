@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -503,3 +504,9 @@ def test_conversations_without_a_tokenizer_and_collators_that_do_not_pad(tmp_pat
     collator = DataCollatorForLanguageModeling(tiny.tiny_tokenizer(), mlm=False)
     with pytest.raises(ValueError, match="DataCollatorForSeq2Seq"):
         make_trainer(tmp_path, data_collator=collator).train()
+
+
+def test_a_sharding_engine_begins_with_the_training(tmp_path) -> None:
+    trainer = make_trainer(tmp_path, evaluation=token_rows(3))
+    with mock.patch.object(SFTTrainer, "is_sharded", True), pytest.raises(ValueError, match="evaluate after train"):
+        trainer.evaluate()

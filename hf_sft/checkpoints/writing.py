@@ -15,7 +15,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from hf_sft.checkpoints.folders import MARKER, checkpoints_in, step_of, unreadable
+from hf_sft.checkpoints.folders import MARKER, checkpoints_in, incomplete, step_of, unreadable
 from hf_sft.checkpoints.verifying import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -35,8 +35,27 @@ def beside(target: Path) -> Path:
     return target.with_name(f".{target.name}.writing")
 
 
+def set_aside(folder: Path, step: int) -> None:
+    """Give checkpoints of later steps than ``step``, from which the run does not go on, names that no resume takes."""
+    for later, path in checkpoints_in(folder).items():
+        if later > step:
+            aside = path.with_name(f"left-behind-{path.name}")
+            number = 2
+            while aside.exists():
+                aside, number = path.with_name(f"left-behind-{path.name}.{number}"), number + 1
+            os.replace(path, aside)
+            logger.warning("%s lies ahead of step %d, from which the run goes on: now %s", path, step, aside.name)
+
+
 def clear_leftovers(folder: Path) -> None:
-    """Remove what a run that was killed while it wrote or removed has left in ``folder``."""
+    """Remove what a run that was killed while it wrote or removed has left in ``folder``.
+
+    A sealed checkpoint whose older namesake is gone already gets its name instead.
+    """
+    for path in sorted(folder.glob(".checkpoint-*.writing")):
+        target = folder / path.name.removeprefix(".").removesuffix(".writing")
+        if (path / MARKER).is_file() and not target.exists() and incomplete(path) is None:
+            os.replace(path, target)
     for path in folder.glob(".*"):
         if _OURS.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
             logger.info("%s, left over from a run that was stopped while it wrote, is removed", path)

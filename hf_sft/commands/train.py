@@ -54,6 +54,7 @@ def run(arguments: Any) -> int:
 
     tokenizer, objective = read_data_side(arguments)
     prepared = training_data(arguments, tokenizer, objective)
+    _tell_data(prepared)
     meet()
     read_only = [objective.mask_token_id] if objective.mask_token_id is not None else []
     model = load_model(arguments.model, arguments.lora, tokenizer=tokenizer, training=training, input_rows=read_only)
@@ -72,6 +73,7 @@ def run(arguments: Any) -> int:
             write_data_report(training.output_dir, reports, packing)
 
         trainer.add_callback(_when_training_begins(write_record))
+        _tell_run(trainer, model)
         if checkpoint is not None:
             done, planned = steps_of(checkpoint)
             last = trainer.last_step(checkpoint)
@@ -98,6 +100,38 @@ def run(arguments: Any) -> int:
 
 
 # ---- parts of the road ----
+
+
+def _tell_data(prepared: Mapping[str, Any]) -> None:
+    """A line per split: what was kept and what was not."""
+    for split, part in prepared.items():
+        report = part.report
+        if "records" not in report:
+            continue  # live data are told of as they are read
+        lost = {name: count for name, count in report["dropped"].items() if count}
+        lost |= {"bad": report["bad"]["count"]} if report["bad"]["count"] else {}
+        reasons = f" ({', '.join(f'{name} {count:,}' for name, count in lost.items())})" if lost else ""
+        logger.info(
+            "%s data: %s records, %s kept%s; %s tokens, %.0f %% of them supervised",
+            split, f"{report['records']:,}", f"{report['kept']:,}", reasons, f"{report['tokens']:,}",
+            100 * report["supervised_share"],
+        )  # fmt: skip
+
+
+def _tell_run(trainer: Any, model: Any) -> None:
+    """One line: processes, engine, device, precision, and what a step is."""
+    args = trainer.args
+    stage = args.deepspeed and args.deepspeed["zero_optimization"]["stage"]
+    engine = (
+        f"DeepSpeed ZeRO-{stage}" if stage else "FSDP2" if args.fsdp else "DDP" if args.world_size > 1 else "no engine"
+    )
+    precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "no autocast"
+    logger.info(
+        "%d processes, %s, on %s; weights in %s, %s; steps of %d bins (%d x %d x %d processes)",
+        args.world_size, engine, args.device.type, str(model.dtype).removeprefix("torch."), precision,
+        args.world_size * args.per_device_train_batch_size * args.gradient_accumulation_steps,
+        args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size,
+    )  # fmt: skip
 
 
 def _finish(trainer: Any, checkpoint: str) -> int:
@@ -128,7 +162,9 @@ def _has_results(folder: Path, checkpoint: str, *, evaluated: bool) -> bool:
         results = json.loads((folder / "eval_results.json").read_text(encoding="utf-8")) if evaluated else None
     except (OSError, ValueError):
         return False
-    same = state["global_step"] == read_state(checkpoint)["global_step"]
+    before = read_state(checkpoint)
+    history = before["log_history"]
+    same = state["global_step"] == before["global_step"] and state["log_history"][: len(history)] == history
     return same and (results is None or results.get("epoch") == state["epoch"])
 
 

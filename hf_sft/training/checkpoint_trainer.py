@@ -22,7 +22,18 @@ from transformers.trainer_utils import IntervalStrategy, TrainOutput
 from hf_sft.checkpoints import ARGUMENTS_FILE, CheckpointError, SaveError, checkpoints_in
 from hf_sft.checkpoints.folders import STATE, unreadable
 from hf_sft.checkpoints.progress import Progress
-from hf_sft.checkpoints.writing import RESULT, beside, clear_leftovers, flush, link, move_result, publish, rotate, seal
+from hf_sft.checkpoints.writing import (
+    RESULT,
+    beside,
+    clear_leftovers,
+    flush,
+    link,
+    move_result,
+    publish,
+    rotate,
+    seal,
+    set_aside,
+)
 from hf_sft.data.bins import Bins, BinSampler
 from hf_sft.training.preemption import Preempted, Preemption
 from hf_sft.training.resuming_trainer import ResumingTrainer, find_checkpoint
@@ -152,14 +163,9 @@ class CheckpointTrainer(ResumingTrainer):
         if path.parent.resolve() != Path(str(self.args.output_dir)).resolve():
             return  # a branch of another run
         self._choose_best(path.parent)
-        if ahead := [
-            other.name for step, other in checkpoints_in(path.parent).items() if step > self.state.global_step
-        ]:
-            logger.warning(
-                "%s lie ahead of %s; the run writes over those that it comes to", ", ".join(ahead), path.name
-            )
         with raised_together():
             if self.args.should_save:
+                set_aside(path.parent, self.state.global_step)
                 clear_leftovers(path.parent)
             self._tidy(path)
 

@@ -22,7 +22,7 @@ from hf_sft.checkpoints.folders import step_of
 from hf_sft.checkpoints.progress import Continuation, Progress, go_on
 from hf_sft.data.bins import Bins
 from hf_sft.data.live import StreamBins
-from hf_sft.training.sharded_trainer import ShardedTrainer
+from hf_sft.training.sharded_trainer import ShardedTrainer, check_engine_of
 from hf_sft.training.together import gathered, raised_together
 
 logger = logging.getLogger(__name__)
@@ -230,6 +230,8 @@ def find_checkpoint(args: Any, value: str | bool | None) -> str | None:
     with raised_together():
         if args.should_save:
             found = resolve_resume(str(args.output_dir), value)
+            if found is not None:
+                check_engine_of(found, args)
     newest = [found for writes, found in gathered((args.should_save, found)) if writes]
     if None in newest:
         return None

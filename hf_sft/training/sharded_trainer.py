@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -34,8 +35,25 @@ STATE_FILE = "training_state.safetensors"
 _SCHEDULER_FILE = "scheduler.pt"
 
 
+def check_engine_of(checkpoint: str | os.PathLike[str], args: Any) -> None:
+    """ZeRO and FSDP2 go on from each other's checkpoints, and plain processes from each other's.
+
+    Raises:
+        ValueError: the checkpoint is of the other kind.
+    """
+    written, wanted = (Path(checkpoint) / STATE_FILE).is_file(), bool(args.deepspeed or args.fsdp)
+    if written and not wanted:
+        raise ValueError(
+            f"{checkpoint} was written under DeepSpeed or FSDP: resume it with either of them (zero_stage, deepspeed or fsdp)"
+        )
+    if wanted and not written:
+        raise ValueError(f"{checkpoint} was written without DeepSpeed and FSDP: resume it without them")
+
+
 class ShardedTrainer(BinTrainer):
     """What differs under a sharding engine; without one, everything is the parent's."""
+
+    _begun = False  # whether the engine holds the weights
 
     @property
     def is_sharded(self) -> bool:
@@ -49,6 +67,19 @@ class ShardedTrainer(BinTrainer):
         if plugin is not None and plugin.mixed_precision_policy is not None:
             policy = plugin.mixed_precision_policy
             plugin.mixed_precision_policy = dataclasses.replace(policy, reduce_dtype=torch.float32)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """As ``Trainer``.
+
+        Raises:
+            ValueError: an engine is to shard the weights and has not been begun: it needs the optimizer of a training.
+        """
+        if self.is_sharded and not self._begun:
+            raise ValueError(
+                "DeepSpeed and FSDP begin with the training: evaluate after train(), or set eval_on_start, or use one process "
+                "without them"
+            )
+        return super().evaluation_loop(*args, **kwargs)
 
     # ---- weights ----
 
@@ -120,22 +151,18 @@ class ShardedTrainer(BinTrainer):
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         with _seen_as_tied(self.model):
             prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        self._begun = True
         if resume_from_checkpoint is None:
             return prepared
         self._restore(resume_from_checkpoint)
         schedule = torch.load(Path(resume_from_checkpoint) / _SCHEDULER_FILE, weights_only=True)
         scheduler, optimizer = cast(Any, self.lr_scheduler), cast(Any, self.optimizer)
         scheduler.load_state_dict(schedule)
-        for group, rate in zip(optimizer.param_groups, scheduler.get_last_lr(), strict=True):
-            group["lr"] = rate
+        rates = scheduler.get_last_lr()
+        initial = getattr(getattr(scheduler, "scheduler", scheduler), "base_lrs", rates)  # as accelerate wraps some
+        for group, first, rate in zip(optimizer.param_groups, initial, rates, strict=True):
+            group |= {"initial_lr": first, "lr": rate}
         return prepared
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is not None and not self.is_sharded and not (Path(checkpoint) / "optimizer.pt").is_file():
-            raise ValueError(
-                f"{checkpoint} holds no optimizer.pt: it was written under DeepSpeed or FSDP; resume it with the same engine"
-            )
-        super()._load_optimizer_and_scheduler(checkpoint)
 
     def _trained(self) -> dict[str, nn.Parameter]:
         model: Any = self.accelerator.unwrap_model(self.model)
@@ -149,7 +176,7 @@ class ShardedTrainer(BinTrainer):
             shape = whole_shape(parameter)
             dtype = torch.float32 if self.is_deepspeed_enabled else parameter.dtype
             yield f"param:{name}", shape, dtype, partial(whole, parameter)
-            local = {} if self.is_deepspeed_enabled else self._torch_optimizer.state[parameter]
+            local = {} if self.is_deepspeed_enabled else self._torch_optimizer.state.get(parameter, {})
             for key in self._tensor_keys():
                 if self.is_deepspeed_enabled or key in local:
                     dtype = torch.float32 if self.is_deepspeed_enabled else local[key].dtype
@@ -166,7 +193,7 @@ class ShardedTrainer(BinTrainer):
 
     def _a_state(self) -> dict[str, Any]:
         """The states of some parameter, all of which have the same keys and the same count of steps."""
-        return next(iter(self._torch_optimizer.state.values()), {})
+        return next(filter(None, self._torch_optimizer.state.values()), {})
 
     def _tensor_keys(self) -> list[str]:
         return sorted(key for key, value in self._a_state().items() if _is_tensor(value))
@@ -186,13 +213,9 @@ class ShardedTrainer(BinTrainer):
         """Set weights and optimizer states to those of ``checkpoint``; collective.
 
         Raises:
-            ValueError: the file is not there, or is another model's.
+            ValueError: the file is another model's.
         """
         path = Path(checkpoint) / STATE_FILE
-        if not path.is_file():
-            raise ValueError(
-                f"{checkpoint} holds no {STATE_FILE}: it was written without DeepSpeed and FSDP; resume it as it was begun"
-            )
         trained = self._trained()
         with safe_open(path, framework="pt") as file:
             held = set(file.keys())
@@ -220,7 +243,7 @@ class ShardedTrainer(BinTrainer):
                     set_zero_state(parameter, value, key)
                 else:
                     self._torch_optimizer.state[parameter][key] = sharded_like(parameter, value)
-            if not self.is_deepspeed_enabled:
+            if not self.is_deepspeed_enabled and any(f"state:{key}:{name}" in held for key in keys):
                 self._torch_optimizer.state[parameter].update(_counters(self._torch_optimizer, scalars, parameter))
 
 
