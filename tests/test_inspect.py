@@ -391,7 +391,7 @@ def test_records_that_stop_training_do_not_stop_the_inspection(tmp_path, capsys)
     printed = " ".join(capsys.readouterr().out.split())
     assert "1 of 32 records (3.1 %) cannot be used, and training stops at the first of them" in printed
     assert "1 of 32 records (3.1 %) are longer than max_seq_length 256, and training stops" in printed
-    assert "train.jsonl, line 1" in printed
+    assert "train.jsonl,line1" in printed.replace(" ", "")  # a long path is wrapped anywhere
     assert inspect.main([run, "--strict"]) == 1
     assert inspect.main([run, "--strict", "--bad_records", "skip", "--overlength", "drop"]) == 0
     with pytest.raises(ValueError, match="of 1 records none is left"):
