@@ -13,10 +13,12 @@ from unittest import mock
 import numpy as np
 import pytest
 import runs
+import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_sft.checkpoints import incomplete
 from hf_sft.checkpoints.progress import Progress, go_on
@@ -364,3 +366,21 @@ def test_a_sealed_checkpoint_without_its_name_gets_it(tmp_path) -> None:
     (out / ".checkpoint-2.removing").mkdir()
     clear_leftovers(out)
     assert incomplete(out / "checkpoint-4") is None and not list(out.glob(".checkpoint-*"))
+
+
+def test_fused_experts_are_restored(tmp_path) -> None:
+    """They are stored one by one."""
+    config = AutoConfig.for_model(
+        "qwen3_moe",
+        **{**tiny._COMMON, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8},
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model-llama")
+    tiny.tiny_tokenizer().save_pretrained(tmp_path / "model-llama")
+    values = runs.arguments(tmp_path, save_strategy="steps", save_steps=2, max_steps=4)
+    undisturbed = runs.train(values)
+    (tmp_path / "again").mkdir()
+    shutil.copytree(undisturbed / "checkpoint-2", tmp_path / "again" / "checkpoint-2")
+    shutil.copy(undisturbed / "args.json", tmp_path / "again")
+    again = runs.train({**values, "output_dir": str(tmp_path / "again"), "resume_from_checkpoint": "auto"})
+    for name, weight in runs.weights(undisturbed).items():
+        assert torch.equal(runs.weights(again)[name], weight), name

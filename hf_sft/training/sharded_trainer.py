@@ -23,6 +23,7 @@ import torch
 from peft import PeftModel
 from safetensors import safe_open
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from hf_sft.models.adapters import needs_vocabulary
 from hf_sft.models.sharded import gather_state, set_whole, set_zero_state, sharded_like, whole, whole_shape, whole_state
@@ -105,7 +106,20 @@ class ShardedTrainer(BinTrainer):
             trained |= {name for name, parameter in parameters.items() if id(parameter) in held}
         return gather_state(model, trained.__contains__, keep=self.args.should_save)
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """As ``Trainer``; but whole models are read as ``from_pretrained`` reads them, which knows tensors that are stored in
+        another form than they are used, such as fused experts. Trainer would leave those as they were, with a warning."""
+        target: Any = self.model if model is None else model
+        if not isinstance(target, PreTrainedModel):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        stored = type(target).from_pretrained(resume_from_checkpoint, dtype=target.dtype)
+        target.load_state_dict(stored.state_dict())
+
     def _load_best_model(self) -> None:
+        if not self.is_sharded and isinstance(self.model, PreTrainedModel):
+            self._load_from_checkpoint(str(self.state.best_model_checkpoint))
+            return
         if not self.is_sharded:
             super()._load_best_model()
             return
