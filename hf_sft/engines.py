@@ -58,7 +58,7 @@ _KNOWN_SECTIONS = frozenset(
     weight_quantization progressive_layer_drop eigenvalue nebula use_node_local_storage
     """.split()
 )
-_OFFLOADS = {"offload_optimizer": "optimizer states", "offload_param": "parameters"}
+_OFFLOADS = ("offload_optimizer", "offload_param")
 
 
 class Settings(Protocol):
@@ -204,9 +204,7 @@ def _batch_problems(config: Mapping[str, Any], training: Any) -> Iterator[str]:
         ("fp16.enabled", "fp16", bool(training.fp16)),
     )
     for key, ours, value in pairs:
-        asked: Any = config
-        for part in key.split("."):
-            asked = asked.get(part, "auto") if isinstance(asked, Mapping) else "auto"
+        asked = _at(config, key, "auto")
         if asked not in ("auto", value):
             yield _differs(key, asked, ours, value)
 
@@ -256,10 +254,7 @@ def _parameter_problems(
 
 def _unsupported(config: Mapping[str, Any]) -> Iterator[str]:
     for name in (*_OTHER_PARALLELISM, *_OTHER_WORK):
-        section: Any = config
-        for part in name.split("."):
-            section = section.get(part) if isinstance(section, Mapping) else None
-        if section:
+        if _at(config, name):
             yield (
                 f"the deepspeed file has {name}, which is not supported (data-parallel ranks, hf_sft's own data, bf16 and "
                 "fp16): leave it out"
@@ -280,6 +275,14 @@ def optimizer_problem(training: Any) -> Iterator[str]:
             f"optim is {optim}, which would see flat vectors or shards instead of whole tensors under DeepSpeed and FSDP: choose "
             f"{', '.join(ELEMENTWISE)}"
         )
+
+
+def _at(config: Mapping[str, Any], key: str, absent: Any = None) -> Any:
+    """The value at ``section.name``."""
+    found: Any = config
+    for part in key.split("."):
+        found = found.get(part, absent) if isinstance(found, Mapping) else absent
+    return found
 
 
 def _differs(theirs: str, asked: Any, ours: str, value: Any) -> str:

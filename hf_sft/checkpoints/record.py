@@ -6,13 +6,13 @@ import json
 import os
 import platform
 import re
-import tempfile
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import hf_sft
+from hf_sft.data.cache import write_file
 
 ARGUMENTS_FILE = "args.json"
 RESOLVED = "resolved"  # the group of an args.json that says what came of the given values
@@ -42,21 +42,9 @@ def save_arguments(folder: str | os.PathLike[str], arguments: Mapping[str, Any])
 
     Values under keys that name a secret are left out, and the environment is never written. Returns the path.
     """
-    target = Path(folder) / ARGUMENTS_FILE
-    target.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(
-        {**_without_secrets(arguments), "versions": versions()}, indent=2, ensure_ascii=False, default=str
-    )
-    handle, beside = tempfile.mkstemp(dir=target.parent, prefix=f".{ARGUMENTS_FILE}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text + "\n")
-        os.chmod(beside, 0o644)
-        os.replace(beside, target)
-    except BaseException:
-        os.unlink(beside)
-        raise
-    return str(target)
+    record = {**_without_secrets(arguments), "versions": versions()}
+    text = json.dumps(record, indent=2, ensure_ascii=False, default=str)
+    return str(write_file(Path(folder) / ARGUMENTS_FILE, text + "\n"))
 
 
 def versions() -> dict[str, str]:

@@ -100,8 +100,7 @@ def whole(tensor: Any) -> Tensor:
 def set_whole(parameter: Any, value: Tensor) -> None:
     """Set a parameter, and the engine's master of it, to ``value``, which all ranks have; collective."""
     if isinstance(parameter, DTensor):
-        value = value.to(parameter.device, parameter.dtype)
-        parameter.copy_(distribute_tensor(value, parameter.device_mesh, parameter.placements))
+        parameter.copy_(sharded_like(parameter, value.to(parameter.dtype)))
         return
     with gathered([parameter], written=True):
         parameter.copy_(value)
