@@ -16,6 +16,8 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 _EXPORTS = {
     "CausalCollator": "hf_sft.collators",
+    "DPOArguments": "hf_sft.arguments",
+    "DPOTrainer": "hf_sft.training.dpo",
     "DataArguments": "hf_sft.arguments",
     "LoraArguments": "hf_sft.arguments",
     "ModelArguments": "hf_sft.arguments",
@@ -35,7 +37,7 @@ _EXPORTS = {
 }
 
 if TYPE_CHECKING:
-    from hf_sft.arguments import DataArguments, LoraArguments, ModelArguments, WeDLMArguments
+    from hf_sft.arguments import DataArguments, DPOArguments, LoraArguments, ModelArguments, WeDLMArguments
     from hf_sft.collators import CausalCollator, WeDLMCollator
     from hf_sft.data.chat import encode_conversation
     from hf_sft.data.packing import pack_documents
@@ -44,11 +46,14 @@ if TYPE_CHECKING:
     from hf_sft.models.loading import load_model, load_tokenizer
     from hf_sft.models.wedlm import WeDLMConfig, WeDLMForCausalLM
     from hf_sft.parsing import parse_args
+    from hf_sft.training.dpo import DPOTrainer
     from hf_sft.training.trainer import SFTTrainer
     from hf_sft.training_arguments import TrainingArguments
 
 __all__ = [
     "CausalCollator",
+    "DPOArguments",
+    "DPOTrainer",
     "DataArguments",
     "LoraArguments",
     "ModelArguments",

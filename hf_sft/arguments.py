@@ -52,6 +52,17 @@ class ModelArguments:
         "MagiAttention, flex trains on CUDA alone, flash is not available in this version.",
     )
     new_special_tokens: list[str] = arg([], "Special tokens to add to the tokenizer; their rows are trained.")
+    freeze: list[str] = arg(
+        [],
+        "Weights that are not trained: patterns for names of parameters, such as model.embed_tokens.* or model.layers.[0-7].* "
+        "(shell wildcards; a leading ! takes names out again).",
+    )
+    thaw_at_step: int | None = arg(
+        None, "Train the frozen weights as well after so many optimizer steps. Default: never."
+    )
+    router_aux_loss_coef: float | None = arg(
+        None, "Weight of the load-balancing loss of a mixture of experts; 0 leaves it out. Default: the config's."
+    )
     max_loading_processes: int | None = arg(
         None, "Processes of a machine that load weights at the same time, where its memory is short. Default: all."
     )
@@ -67,7 +78,8 @@ class LoraArguments:
     lora_alpha: float = arg(32.0, "The update is scaled by alpha / rank.")
     lora_dropout: float = arg(0.0, "Dropout on the adapter's input, in [0, 1).")
     lora_target_modules: list[str] = arg(
-        ["all-linear"], "Module names, or all-linear: every linear layer but the head."
+        ["all-linear"],
+        "Module names, all-linear (every linear layer but the head), or experts (the routed experts of a mixture).",
     )
     lora_bias: Literal["none", "all", "lora_only"] = arg("none", "Which biases are trained along.")
     use_dora: bool = arg(False, "Weight-decomposed LoRA (arXiv 2402.09353).")
@@ -112,16 +124,30 @@ class DataArguments:
         "xtuner", "preference", "text",
     ] = arg("auto", "Shape of the records; auto recognises each.")  # fmt: skip
     task_type: Literal["sft", "pretrain", "dpo"] = arg(
-        "sft", "sft: learn the assistant's turns of conversations. pretrain: learn every token of raw texts."
+        "sft",
+        "sft: learn the assistant's turns of conversations. pretrain: learn every token of raw texts. dpo: learn to prefer the "
+        "chosen answers of pairs to the rejected ones.",
     )
     objective: Literal["causal", "wedlm"] = arg(
         "causal", "causal: predict the next token. wedlm: recover masked tokens under causal attention as well."
     )
-    max_seq_length: int = arg(2048, "Capacity of a bin and longest document, in tokens.")
+    max_seq_length: int = arg(
+        2048,
+        "Capacity of a bin and longest document, in tokens. Under dpo each side of a pair is a document of its own.",
+    )
     overlength: Literal["drop", "truncate", "split", "error"] | None = arg(
         None,
         "A document longer than max_seq_length. A truncated answer is not taught to stop. split (pretrain only) cuts it into "
         "several, none of its tokens lost. Default: drop, under pretrain split.",
+    )
+    split_overlap: int = arg(
+        1,
+        "Of a text that is split, how many tokens a part repeats from the one before, as context that is not learned again.",
+    )
+    pretrain_packing: Literal["documents", "concat"] = arg(
+        "documents",
+        "documents: texts are packed whole and do not see each other. concat: they are joined, an end of sequence between them, "
+        "and cut into rows of max_seq_length, each of which is one document.",
     )
     bad_records: Literal["error", "skip"] = arg(
         "error", "A record that cannot be read or encoded: stop, or skip and count."
@@ -164,6 +190,11 @@ class DataArguments:
     shuffle_buffer: int = arg(10_000, "Documents from which streaming draws at random.")
 
     @property
+    def bin_capacity(self) -> int:
+        """Tokens of a bin: under dpo both sides of a pair fit."""
+        return self.max_seq_length * (2 if self.task_type == "dpo" else 1)
+
+    @property
     def first_template(self) -> str | None:
         """The template that is saved: ``chat_template``, or the first of several."""
         return self.chat_template[0] if isinstance(self.chat_template, list) else self.chat_template
@@ -172,6 +203,11 @@ class DataArguments:
     def is_live(self) -> bool:
         """Whether training data are tokenised while the model trains."""
         return self.streaming or self.lazy_preprocess
+
+    @property
+    def joins_texts(self) -> bool:
+        """Whether texts are joined into one stream and cut, instead of being documents of their own."""
+        return self.task_type == "pretrain" and self.pretrain_packing == "concat"
 
     @property
     def overlength_rule(self) -> str:
@@ -204,3 +240,47 @@ class WeDLMArguments:
     mask_token_id: int | None = arg(None, "The mask token by its id.")
     enable_ar_loss: bool = arg(True, "Learn the next token on the clean stream as well.")
     ar_loss_weight: float = arg(1.0, "Weight a of that loss: (masked + a * next token) / (1 + a).")
+
+
+@dataclass
+class DPOArguments:
+    """Learning from preferences: DPO (arXiv 2305.18290) and its kin."""
+
+    _argument_group_name = "preferences"
+
+    dpo_beta: float = arg(
+        0.1, "How strongly the policy is held to the reference (DPO), the weight of the odds ratio (ORPO)."
+    )
+    dpo_loss_type: Literal["sigmoid", "ipo", "hinge", "robust", "orpo", "simpo"] = arg(
+        "sigmoid", "The loss of a pair. orpo and simpo need no reference."
+    )
+    label_smoothing: float = arg(
+        0.0, "Probability that a preference is the wrong way round, in [0, 0.5): sigmoid (cDPO), robust and simpo."
+    )
+    dpo_sft_weight: float = arg(
+        0.0, "Weight of an auxiliary term: the mean loss of the chosen answers' tokens. (orpo has it with weight 1.)"
+    )
+    dpo_length_normalized: bool = arg(
+        False, "Take the mean log-probability of an answer's tokens instead of the sum. (orpo and simpo always do.)"
+    )
+    simpo_gamma: float = arg(0.5, "The margin by which simpo wants the chosen answer's reward to be larger.")
+    max_prompt_length: int | None = arg(
+        None, "Keep the last so many tokens of a prompt. Default: prompts are kept whole."
+    )
+    max_answer_length: int | None = arg(
+        None,
+        "Keep the first so many tokens of an answer, which is then not taught to stop. Default: answers are kept whole.",
+    )
+    dpo_reference: Literal["auto", "adapter_off", "model", "precomputed"] = arg(
+        "auto",
+        "What the policy is compared with: the base with the adapter off, a second model in memory, or log-probabilities of the "
+        "model as training finds it, computed once and kept in the cache. auto: adapter_off for a new adapter, model if one is "
+        "named, else precomputed.",
+    )
+    reference_model_name_or_path: str | None = arg(
+        None, "The second model. Default with dpo_reference model: model_name_or_path."
+    )
+
+
+# Every group, in the order in which they are shown and filled.
+GROUPS = (ModelArguments, DataArguments, LoraArguments, WeDLMArguments, DPOArguments, EngineArguments)

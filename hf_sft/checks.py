@@ -13,15 +13,19 @@ from importlib.util import find_spec
 from pathlib import PurePath
 from typing import Any, get_type_hints
 
-from hf_sft.arguments import DataArguments, EngineArguments, LoraArguments, ModelArguments, WeDLMArguments
+from hf_sft.arguments import DataArguments, DPOArguments, EngineArguments, LoraArguments, ModelArguments, WeDLMArguments
 from hf_sft.conversion import choices, convert, describe, takes
 from hf_sft.sources import read_sources
+from hf_sft.text_checks import check_cutting
 
 LATER = {  # what the names of the interface promise and this version does not have yet
-    "task_type": ("sft", "pretrain"),
     "attention_backend": ("auto", "dense", "segment", "flex", "magi"),
 }
 METRICS = ("loss", "perplexity", "token_accuracy", "supervised_tokens")  # of an evaluation by train.py
+PAIR_METRICS = (  # of task_type dpo
+    "loss", "rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected",
+    "rewards/accuracies_low", "rewards/accuracies_high",
+)  # fmt: skip
 WEDLM_METRICS = ("any_order_bound", "masked_loss", "masked_accuracy")  # and these of objective wedlm
 _AT_RATIO = r"masked_(loss|accuracy)_at_(0\.[1-9]|1\.0)"
 FLASH_REFUSED = (
@@ -48,6 +52,10 @@ _REPORTERS: dict[str, tuple[tuple[str, ...], str]] = {
 
 
 def check_model(model: ModelArguments, given: set[str]) -> Iterator[str]:
+    if model.thaw_at_step is not None and not model.freeze:
+        yield f"thaw_at_step is {model.thaw_at_step} and freeze is not set: name the weights that are frozen until then"
+    if model.thaw_at_step is not None and model.thaw_at_step < 1:
+        yield f"thaw_at_step is {model.thaw_at_step}: use at least 1 step, or leave it out and nothing is thawed"
     if model.max_loading_processes is not None and model.max_loading_processes < 1:
         yield f"max_loading_processes is {model.max_loading_processes}: use at least 1, or leave it out"
     if (model.model_name_or_path is None) == (model.config_name_or_path is None):
@@ -167,7 +175,7 @@ def _check_live(data: DataArguments, training: Any) -> Iterator[str]:
             continue
         if data.eval_split is not None:
             yield f"{name} is true and eval_split is set: the records are not known in advance; name eval_file"
-    if data.lazy_preprocess and data.overlength_rule == "split":
+    if data.lazy_preprocess and data.overlength_rule == "split" and not data.joins_texts:
         yield (
             "lazy_preprocess is true and overlength is split, and each record is one document there: set overlength to drop, "
             "truncate or error, or use streaming"
@@ -221,6 +229,7 @@ def check_task(data: DataArguments, given: set[str]) -> Iterator[str]:
                 yield f"{name} belongs to conversations, and task_type is pretrain, which learns every token: leave it out"
     elif data.overlength == "split":
         yield "overlength is split, which cuts texts of task_type pretrain; a conversation is dropped or truncated"
+    yield from check_cutting(data, given)
 
 
 def check_wedlm(wedlm: WeDLMArguments, data: DataArguments, backend: str, given: set[str]) -> Iterator[str]:
@@ -253,6 +262,60 @@ def check_wedlm(wedlm: WeDLMArguments, data: DataArguments, backend: str, given:
         yield "packing is false and objective is wedlm: its two streams need a packed layout; leave packing out"
     if backend == "flash":
         yield FLASH_REFUSED
+
+
+def check_dpo(dpo: DPOArguments, data: DataArguments, given: set[str], train_mode: str | None = None) -> Iterator[str]:
+    if data.task_type != "dpo":
+        if named := [entry.name for entry in fields(DPOArguments) if entry.name in given]:
+            verb = "belongs" if len(named) == 1 else "belong"
+            yield (
+                f"{', '.join(named)} {verb} to task_type dpo, and task_type is {data.task_type}: set task_type to dpo, or leave "
+                "them out"
+            )
+        return
+    loss = dpo.dpo_loss_type
+    if data.objective != "causal":
+        yield f"task_type is dpo and objective is {data.objective}: preferences are learned with objective causal"
+    if not 0 < dpo.dpo_beta < float("inf"):
+        yield f"dpo_beta is {dpo.dpo_beta:g}: use a positive number; 0.1 is usual"
+    if not 0 <= dpo.label_smoothing < 0.5:
+        yield f"label_smoothing is {dpo.label_smoothing:g}: the share of wrong preferences lies in [0, 0.5)"
+    if dpo.label_smoothing and loss not in ("sigmoid", "robust", "simpo"):
+        yield f"label_smoothing is {dpo.label_smoothing:g}, and dpo_loss_type {loss} knows none: leave it out"
+    if not 0 <= dpo.dpo_sft_weight < float("inf"):
+        yield f"dpo_sft_weight is {dpo.dpo_sft_weight:g}: use 0 or more"
+    if not 0 <= dpo.simpo_gamma < float("inf"):
+        yield f"simpo_gamma is {dpo.simpo_gamma:g}: use 0 or more"
+    if "simpo_gamma" in given and loss != "simpo":
+        yield f"simpo_gamma belongs to dpo_loss_type simpo, and dpo_loss_type is {loss}: leave it out"
+    if dpo.max_prompt_length is not None and not 1 <= dpo.max_prompt_length < data.max_seq_length:
+        yield (
+            f"max_prompt_length is {dpo.max_prompt_length}: it lies between 1 and max_seq_length - 1 "
+            f"({data.max_seq_length - 1}), which prompt and answer share"
+        )
+    if dpo.max_answer_length is not None and dpo.max_answer_length < 1:
+        yield f"max_answer_length is {dpo.max_answer_length}: use at least 1"
+    yield from _check_reference(dpo, given, train_mode)
+    if data.data_format not in ("auto", "preference"):
+        yield f"data_format is {data.data_format} and task_type is dpo, which reads preference pairs: leave it out"
+    if "train_on" in given and data.train_on != "assistant":
+        yield f"train_on is {data.train_on} and task_type is dpo, which compares the answers alone: leave it out"
+
+
+def _check_reference(dpo: DPOArguments, given: set[str], train_mode: str | None) -> Iterator[str]:
+    """What a preference is measured against."""
+    named, loss = dpo.reference_model_name_or_path, dpo.dpo_loss_type
+    if loss in ("orpo", "simpo"):
+        for name in ("dpo_reference", "reference_model_name_or_path"):
+            if name in given and getattr(dpo, name) not in (None, "auto"):
+                yield f"{name} is {getattr(dpo, name)}, and dpo_loss_type {loss} needs no reference: leave it out"
+        return
+    if named is not None and dpo.dpo_reference not in ("auto", "model"):
+        yield (
+            f"reference_model_name_or_path is {named} and dpo_reference is {dpo.dpo_reference}: leave one of them out"
+        )
+    if dpo.dpo_reference == "adapter_off" and train_mode == "full":
+        yield "dpo_reference is adapter_off and train_mode is full, which has no adapter: choose model or precomputed"
 
 
 def check_later(arguments: Mapping[str, Any]) -> Iterator[str]:
@@ -303,10 +366,10 @@ def check_training(training: Any, data: DataArguments, given: set[str]) -> Itera
         yield f"num_train_epochs is {training.num_train_epochs:g} and max_steps is not set: nothing would be trained"
 
 
-def check_metric(training: Any, objective: str) -> Iterator[str]:
+def check_metric(training: Any, objective: str, task: str = "sft") -> Iterator[str]:
     """The metric that chooses the best checkpoint is one that train.py measures."""
     metric = training.metric_for_best_model
-    known = (*METRICS, *(WEDLM_METRICS if objective == "wedlm" else ()))
+    known = PAIR_METRICS if task == "dpo" else (*METRICS, *(WEDLM_METRICS if objective == "wedlm" else ()))
     at_ratio = objective == "wedlm" and re.fullmatch(_AT_RATIO, (metric or "").removeprefix("eval_"))
     if metric is not None and metric.removeprefix("eval_") not in known and not at_ratio:
         yield (

@@ -21,6 +21,7 @@ COMMANDS = {
     "generate": "Answer prompts with a trained model, in parallel if it was trained as WeDLM.",
     "inspect": "Show what the model will see: figures, findings, rows; --masks draws WeDLM's attention.",
     "merge": "Merge an adapter into its base model and write the whole model.",
+    "migrate": "Write an older script's file or flags as a file of today's arguments, with comments.",
     "export": "Write a model for another engine (--format wedlm), or a ZeRO or FSDP checkpoint as a model (safetensors).",
 }
 _USAGE = """\

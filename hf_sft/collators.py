@@ -30,13 +30,14 @@ from torch import Tensor
 
 from hf_sft.attention.layout import Layout
 from hf_sft.data.chat import IGNORE
+from hf_sft.data.pairs import sides_of
 from hf_sft.noise import Mask, MaskRule, document_generator, draw_mask, mask_at_ratio
 from hf_sft.streams import group_blocks, noisy_stream
 
 # What the Trainer reads itself; everything else in a batch goes to the model.
 CONTRACT_KEYS = frozenset(
     ["doc_ids", "doc_lengths", "logits_to_keep", "target_ids", "target_weight", "target_kind", "target_doc"]
-    + ["num_items", "num_tokens", "block_ids", "limits", "doc_pieces"]
+    + ["num_items", "num_tokens", "block_ids", "limits", "doc_pieces", "pair_numbers", "reference_logps"]
 )
 Batch = dict[str, Any]
 
@@ -79,6 +80,36 @@ class CausalCollator:
         }
         if self.return_4d_mask:
             batch["attention_mask"] = Layout.from_batch(batch).allowed()[None, None]
+        return batch
+
+
+@dataclass
+class PairCollator:
+    """Collate preference pairs (``hf_sft.data.pairs``): documents 2i and 2i + 1 are the chosen and the rejected side of pair i.
+
+    N counts pairs (kind 0) and tokens of chosen answers (kind 1); every row is scored as kind 0. To the keys come
+
+    | key             | shape         | meaning                                                                    |
+    |-----------------|---------------|----------------------------------------------------------------------------|
+    | pair_numbers    | list of P     | on the host: the number of each pair in the data set                       |
+    | reference_logps | [2P] float64  | the reference's log-probabilities, where the rows carry them               |
+
+    Args:
+        packed, pad_token_id: as for ``CausalCollator``.
+    """
+
+    packed: bool = True
+    pad_token_id: int = 0
+
+    def __call__(self, bins: Sequence[Sequence[Mapping[str, Any]]]) -> Batch:
+        """Collate bins of pairs."""
+        pairs = [row for members in bins for row in members]
+        batch = CausalCollator(self.packed, self.pad_token_id)([side for pair in pairs for side in sides_of(pair)])
+        chosen = (batch["target_doc"] % 2 == 0).sum()
+        batch["num_items"] = torch.tensor([len(pairs), int(chosen)], dtype=torch.float64)
+        batch["pair_numbers"] = [int(pair.get("document", place)) for place, pair in enumerate(pairs)]
+        if pairs and "reference_logps" in pairs[0]:
+            batch["reference_logps"] = torch.from_numpy(np.concatenate([pair["reference_logps"] for pair in pairs]))
         return batch
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import types
 from collections.abc import Callable
 from enum import Enum
@@ -217,6 +218,19 @@ _READERS: dict[Any, Callable[[Any], Any]] = {
 }
 
 
+_SECRET = re.compile(
+    r"(^|_)(token|secret|password|passwd|(api|access|private|wandb|hub)_?key|credential|webhook)s?($|_)", re.IGNORECASE
+)
+_TOKEN_OF_TEXT = re.compile(
+    r"(^|_)(mask|pad|eos|bos|unk|cls|sep|special|input)_tokens?(_|$)|^average_tokens_|_tokens_per_"
+)
+
+
+def is_secret(key: str) -> bool:
+    """Whether a key names what must not be written or shown, such as a token of the hub."""
+    return _SECRET.search(key) is not None and _TOKEN_OF_TEXT.search(key) is None
+
+
 def show(key: str, value: Any) -> str:
-    """A value for a message; tokens of a hub are secrets and stay out of logs."""
-    return "(hidden)" if key.endswith("hub_token") else repr(value)
+    """A value for a message; what stands under a key that names a secret stays out of logs."""
+    return "(hidden)" if is_secret(key) and not (value is None or isinstance(value, bool)) else repr(value)

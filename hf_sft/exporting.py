@@ -24,6 +24,7 @@ from hf_sft.arguments import ModelArguments
 from hf_sft.checkpoints import CheckpointError, verify_weights
 from hf_sft.data.chat import end_of_turn_id
 from hf_sft.merging import load_merged, new_folder
+from hf_sft.models.families import end_tokens
 from hf_sft.models.inference import base_arguments
 from hf_sft.models.loading import load_config, load_model, load_tokenizer
 from hf_sft.models.mask_token import record_mask_token, recorded_mask_token, resolve_mask_token
@@ -264,9 +265,8 @@ def _as_wedlm(model: PreTrainedModel, fields: dict[str, Any]) -> WeDLMForCausalL
     exported.tie_weights()
     generation: Any = copy.deepcopy(model.generation_config)
     generation._from_model_config = False
-    known = generation.eos_token_id if isinstance(generation.eos_token_id, list) else [generation.eos_token_id]
-    stops = dict.fromkeys([fields["eos_token_id"], *(token for token in known if token is not None)])
-    generation.eos_token_id = list(stops) if len(stops) > 1 else fields["eos_token_id"]
+    stops = end_tokens(generation, fields["eos_token_id"])
+    generation.eos_token_id = stops if len(stops) > 1 else stops[0]
     exported.generation_config = generation
     return exported
 

@@ -10,7 +10,7 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from hf_sft.arguments import DataArguments, EngineArguments, LoraArguments, ModelArguments, WeDLMArguments
+from hf_sft.arguments import GROUPS
 from hf_sft.conversion import choices, members, takes
 
 _USAGE = """\
@@ -43,7 +43,7 @@ def print_help(prog: str, all: bool = False) -> None:
     """Print every argument with its type, default and meaning; ``all`` adds Hugging Face's."""
     width = min(shutil.get_terminal_size().columns, 120)
     print(_USAGE.format(prog=prog))
-    for cls in (ModelArguments, DataArguments, LoraArguments, WeDLMArguments, EngineArguments):
+    for cls in GROUPS:
         print(f"{cls._argument_group_name}: {(cls.__doc__ or '').strip()}")
         print("\n".join(_describe(cls, width)), end="\n\n")
     if not all:

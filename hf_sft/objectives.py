@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
 
-from hf_sft.arguments import DataArguments, WeDLMArguments
-from hf_sft.collators import RATIOS, Batch, CausalCollator, WeDLMCollator, WeDLMEvalCollator
+from hf_sft.arguments import DataArguments, DPOArguments, WeDLMArguments
+from hf_sft.collators import RATIOS, Batch, CausalCollator, PairCollator, WeDLMCollator, WeDLMEvalCollator
 from hf_sft.data.rows import RowRules
-from hf_sft.metrics import TokenTotals
+from hf_sft.metrics import PairTotals, TokenTotals
 from hf_sft.noise import MaskRule
+from hf_sft.preference_losses import PairLoss
 
 Collator = Callable[[Any], Batch]
 _EVALUATION_SEED = 0  # fixed: measurements of two runs differ by their models alone
@@ -27,6 +28,10 @@ class Objective(Protocol):
     @property
     def coefficients(self) -> tuple[float, float]:
         """c of each kind of target in the loss: next token, mask slot."""
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """What it reads of token rows beside ``input_ids`` and ``labels``: whole numbers."""
 
     @property
     def kinds(self) -> int:
@@ -42,10 +47,10 @@ class Objective(Protocol):
     def collator(self, packed: bool, pad_token_id: int, *, evaluation: bool) -> Collator:
         """From bins of token rows to batches; padded rows are for next tokens alone."""
 
-    def log(self, totals: TokenTotals) -> dict[str, float]:
+    def log(self, totals: Any) -> dict[str, float]:
         """What a line of the training log says of its tokens, beside the loss."""
 
-    def metrics(self, totals: TokenTotals) -> dict[str, float]:
+    def metrics(self, totals: Any) -> dict[str, float]:
         """What an evaluation says, without a prefix."""
 
 
@@ -54,6 +59,7 @@ class Causal:
     """Predict the next token."""
 
     coefficients: tuple[float, float] = (1.0, 0.0)
+    columns: tuple[str, ...] = ()
     kinds: int = 2
     mask_token_id: int | None = None
 
@@ -93,6 +99,7 @@ class WeDLM:
     seed: int
     end_tail: int = 0
 
+    columns = ()
     kinds = WeDLMEvalCollator.kinds
 
     def row_rules(self, *, evaluation: bool) -> RowRules:
@@ -154,12 +161,85 @@ def _mean(values: dict[str, float]) -> float:
     return sum(met) / len(met) if met else math.nan
 
 
-def build_objective(data: DataArguments, wedlm: WeDLMArguments, *, mask_token_id: int | None, seed: int) -> Objective:
-    """The objective of ``data.objective``.
+@dataclass(frozen=True)
+class Preference:
+    """Prefer the chosen answers of pairs to the rejected ones (``hf_sft.preference_losses``).
+
+    loss = mean over pairs of their loss + ``auxiliary`` * mean over the tokens of the chosen answers of their nll.
+
+    Args:
+        loss: of a pair.
+        auxiliary: weight of the second part.
+        max_prompt_length, max_answer_length: the last so many tokens of a prompt and the first of an answer are kept.
+    """
+
+    loss: PairLoss
+    auxiliary: float = 0.0
+    max_prompt_length: int | None = None
+    max_answer_length: int | None = None
+
+    columns = ("rejected_start",)
+    kinds = 2
+    mask_token_id = None
+
+    @classmethod
+    def of(cls, dpo: DPOArguments) -> Preference:
+        """As the arguments say; orpo brings its own auxiliary term of weight 1."""
+        loss = PairLoss(
+            dpo.dpo_loss_type, dpo.dpo_beta, dpo.label_smoothing, dpo.simpo_gamma, dpo.dpo_length_normalized
+        )
+        auxiliary = dpo.dpo_sft_weight + (dpo.dpo_loss_type == "orpo")
+        return cls(loss, auxiliary, dpo.max_prompt_length, dpo.max_answer_length)
+
+    @property
+    def coefficients(self) -> tuple[float, float]:
+        return 1.0, self.auxiliary
+
+    def row_rules(self, *, evaluation: bool) -> RowRules:
+        return RowRules(max_prompt_length=self.max_prompt_length, max_answer_length=self.max_answer_length)
+
+    def collator(self, packed: bool, pad_token_id: int, *, evaluation: bool) -> Collator:
+        return PairCollator(packed, pad_token_id)
+
+    def log(self, totals: PairTotals) -> dict[str, float]:
+        values = {
+            "rewards/chosen": totals.mean("chosen_reward"),
+            "rewards/rejected": totals.mean("rejected_reward"),
+            "rewards/accuracies": totals.mean("preferred"),
+            "logps/chosen": totals.mean("chosen_logp"),
+            "logps/rejected": totals.mean("rejected_logp"),
+        }
+        values["rewards/margins"] = values["rewards/chosen"] - values["rewards/rejected"]
+        if self.auxiliary:
+            values["chosen_loss"] = totals.chosen_nll / totals.chosen_tokens if totals.chosen_tokens else math.nan
+        return values
+
+    def metrics(self, totals: PairTotals) -> dict[str, float]:
+        low, high = totals.accuracy_interval()
+        return {
+            "loss": totals.loss(self.coefficients),
+            **self.log(totals),
+            "rewards/accuracies_low": low,
+            "rewards/accuracies_high": high,
+            "pairs": int(totals.pairs),
+        }
+
+
+def build_objective(
+    data: DataArguments,
+    wedlm: WeDLMArguments,
+    *,
+    mask_token_id: int | None,
+    seed: int,
+    dpo: DPOArguments | None = None,
+) -> Objective:
+    """The objective of ``data.objective``; for ``task_type`` dpo that of ``dpo``.
 
     Raises:
         ValueError: an unknown objective, or wedlm without a mask token.
     """
+    if data.task_type == "dpo":
+        return Preference.of(dpo or DPOArguments())
     if data.objective == "causal":
         return Causal()
     if data.objective != "wedlm":

@@ -19,17 +19,24 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 from hf_sft import checks
-from hf_sft.arguments import DataArguments, EngineArguments, LoraArguments, ModelArguments, WeDLMArguments
+from hf_sft.arguments import (
+    GROUPS,
+    DataArguments,
+    DPOArguments,
+    EngineArguments,
+    LoraArguments,
+    ModelArguments,
+    WeDLMArguments,
+)
 from hf_sft.conversion import convert, show, takes
 from hf_sft.engines import engine_settings
 from hf_sft.launchers import from_launcher
-from hf_sft.legacy import LEGACY, MODE_FLAGS, translate
+from hf_sft.legacy import ENVIRONMENT, LEGACY, MODE_FLAGS, take_environment, translate
 
 if TYPE_CHECKING:
     from hf_sft.training_arguments import TrainingArguments
 
 FILE_OPTIONS = ("train_args_file", "config")
-OWN_CLASSES = (ModelArguments, DataArguments, LoraArguments, WeDLMArguments, EngineArguments)
 HINT_OVERRIDES = {  # what users write and the annotations of transformers do not say
     "fsdp": bool | str | None,
     "resume_from_checkpoint": bool | str | None,
@@ -50,17 +57,20 @@ class ArgumentsError(ValueError):
 class Arguments:
     """What ``parse_args`` returns.
 
-    ``given`` holds the (new) names of the keys that the user wrote, ``notes`` the lines to log: translations.
+    ``given`` holds the (new) names of the keys that the user wrote, ``notes`` the lines to log: translations, ``environment``
+    the variables that the process is to have, secrets among them.
     """
 
     model: ModelArguments
     data: DataArguments
     lora: LoraArguments
     wedlm: WeDLMArguments
+    dpo: DPOArguments
     engine: EngineArguments
     training: TrainingArguments
     given: set[str] = field(default_factory=set)
     notes: list[str] = field(default_factory=list)
+    environment: dict[str, str] = field(default_factory=dict, repr=False)
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -131,7 +141,11 @@ def _read_yaml(path: Path, text: str, twice: list[str]) -> Any:
     try:
         return yaml.load(text, Loader=Loader)
     except yaml.YAMLError as error:
-        raise ArgumentsError([f"{path}: no valid YAML ({' '.join(str(error).split())})"]) from None
+        mark = getattr(error, "problem_mark", None)  # not the error's text, which quotes the line: it may hold a secret
+        where = "" if mark is None else f", line {mark.line + 1}, column {mark.column + 1}"
+        raise ArgumentsError(
+            [f"{path}{where}: no valid YAML ({getattr(error, 'problem', None) or 'unreadable'})"]
+        ) from None
 
 
 # --- the command line -------------------------------------------------------------------------------------------------
@@ -204,22 +218,29 @@ def parse_args(argv: Sequence[str] | None = None) -> Arguments:
 
     if print_requested_help(argv):
         raise SystemExit(0)
+    problems: list[str] = []
+    from_file, from_line = read_words(argv, problems)
+    values, notes = _merge(from_file, from_line, problems)
+    return build_arguments(values, *field_hints(), notes, problems)
+
+
+def read_words(argv: Sequence[str], problems: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the configuration file and the command line say, each under the names that they use.
+
+    Raises:
+        ArgumentsError: several files, or one that cannot be read.
+    """
     options, loose = split_words(argv)
     file = _take_file(options, loose)
     from_file = read_config(file) if file is not None else {}
-    hints, limits = _field_hints()
-    problems: list[str] = []
-    from_line = _command_line_values(options, hints, problems)
-    values, notes = _merge(from_file, from_line, problems)
-    return build_arguments(values, hints, limits, notes, problems)
+    return from_file, _command_line_values(options, field_hints()[0], problems)
 
 
 def parse_values(values: Mapping[str, Any]) -> Arguments:
     """``parse_args`` for a mapping, such as a notebook's; the same translation, types and checks."""
-    hints, limits = _field_hints()
     problems: list[str] = []
     merged, notes = _merge(values, {}, problems)
-    return build_arguments(merged, hints, limits, notes, problems)
+    return build_arguments(merged, *field_hints(), notes, problems)
 
 
 def _merge(
@@ -235,7 +256,7 @@ def _merge(
 
 
 def build_arguments(
-    values: Mapping[str, Any],
+    values: dict[str, Any],
     hints: Mapping[str, Any],
     limits: Mapping[str, Sequence[Any]],
     notes: list[str],
@@ -244,6 +265,7 @@ def build_arguments(
     """Typed values, cross checks, objects; raises one ArgumentsError if any step had something to say."""
     from hf_sft.training_arguments import TrainingArguments, refusals
 
+    environment = take_environment(values, problems)
     typed, failed = _typed(values, hints, limits)
     launched, launch_notes, launch_problems = from_launcher(typed)
     typed |= launched
@@ -253,14 +275,14 @@ def build_arguments(
     refused = refusals({**typed, **{key: values[key] for key in failed}}, packing)
     problems += [refused.get(key, sentence) for key, sentence in failed.items()]
     problems += [sentence for key, sentence in refused.items() if key not in failed]
-    model, data, lora, wedlm, engine = (
-        _fill(cls, {e.name: typed[e.name] for e in fields(cls) if e.name in typed}) for cls in OWN_CLASSES
+    model, data, lora, wedlm, dpo, engine = (
+        _fill(cls, {e.name: typed[e.name] for e in fields(cls) if e.name in typed}) for cls in GROUPS
     )
     training_names = {entry.name for entry in fields(TrainingArguments)}
     wanted = {key: value for key, value in typed.items() if key in training_names and key not in refused}
     draft: Any = SimpleNamespace(**{entry.name: _default(entry) for entry in fields(TrainingArguments)} | wanted)
     given = set(typed) | set(failed)
-    arguments = Arguments(model, data, lora, wedlm, engine, draft, given, notes)
+    arguments = Arguments(model, data, lora, wedlm, dpo, engine, draft, given, notes, environment)
     problems += check_arguments(arguments, given)
     try:
         wanted |= engine_settings(engine, draft, notes)
@@ -293,9 +315,10 @@ def check_arguments(arguments: Arguments, given: set[str]) -> list[str]:
         *checks.check_data(data, arguments.training),
         *checks.check_task(data, given),
         *checks.check_wedlm(arguments.wedlm, data, model.attention_backend, given),
+        *checks.check_dpo(arguments.dpo, data, given, model.train_mode),
         *checks.check_engine(arguments.engine, arguments.training, given),
         *checks.check_training(arguments.training, data, given),
-        *checks.check_metric(arguments.training, data.objective),
+        *checks.check_metric(arguments.training, data.objective, data.task_type),
         *checks.check_report_to(arguments.training),
         *checks.check_scheduler(arguments.training),
     ]
@@ -308,13 +331,13 @@ def check_arguments(arguments: Arguments, given: set[str]) -> list[str]:
     return problems
 
 
-def _field_hints() -> tuple[dict[str, Any], dict[str, Sequence[Any]]]:
+def field_hints() -> tuple[dict[str, Any], dict[str, Sequence[Any]]]:
     """For every field: its type, and the values it is limited to where its metadata says so."""
     from hf_sft.training_arguments import TrainingArguments
 
     hints: dict[str, Any] = {}
     limits: dict[str, Sequence[Any]] = {}
-    for cls in (*OWN_CLASSES, TrainingArguments):
+    for cls in (*GROUPS, TrainingArguments):
         known = get_type_hints(cls)  # not field.type: HfArgumentParser rewrites that
         for entry in fields(cls):
             hints[entry.name] = known[entry.name]
@@ -344,9 +367,16 @@ def _typed(
     return typed, failed
 
 
+def type_problems(
+    values: Mapping[str, Any], hints: Mapping[str, Any], limits: Mapping[str, Sequence[Any]]
+) -> list[str]:
+    """A sentence for each value that is no argument, or has not its type."""
+    return list(_typed(values, hints, limits)[1].values())
+
+
 def nearest(key: str, known: Iterable[str]) -> str:
     """A hint at the argument that was probably meant."""
-    names = {name: name for name in known}
+    names = {name: name for name in (*known, *ENVIRONMENT)}
     old = {name: rule.new for name, rule in LEGACY.items() if rule.new} | dict.fromkeys(MODE_FLAGS, "train_mode")
     for candidates in (names, old):
         for close in difflib.get_close_matches(key, candidates, n=1, cutoff=0.7):

@@ -11,14 +11,15 @@ from hf_sft.data.bins import Bins
 from hf_sft.data.live import LiveRecords
 from hf_sft.data.pipeline import evaluation_files, prepare_dataset
 from hf_sft.data.prepared import PreparedData, packing_report
-from hf_sft.data.templates import resolve_template
+from hf_sft.data.templates import has_template, resolve_template
 from hf_sft.models.loading import load_config, load_tokenizer
 from hf_sft.models.mask_token import adapter_mask_token, resolve_mask_token
 from hf_sft.objectives import Objective, build_objective
 from hf_sft.parsing import Arguments
+from hf_sft.training.dpo import DPOTrainer
 from hf_sft.training.trainer import SFTTrainer
 
-TRAINERS: dict[str, type[SFTTrainer]] = {"sft": SFTTrainer, "pretrain": SFTTrainer}
+TRAINERS: dict[str, type[SFTTrainer]] = {"sft": SFTTrainer, "pretrain": SFTTrainer, "dpo": DPOTrainer}
 
 
 def read_data_side(arguments: Arguments) -> tuple[Any, Objective]:
@@ -29,7 +30,7 @@ def read_data_side(arguments: Arguments) -> tuple[Any, Objective]:
     """
     tokenizer = load_tokenizer(arguments.model)
     data = arguments.data
-    if data.task_type != "pretrain":
+    if data.task_type != "pretrain" and (has_template(tokenizer, data.first_template) or data.system_prompt):
         tokenizer.chat_template = resolve_template(tokenizer, data.first_template, data.system_prompt)
     return tokenizer, objective_of(arguments, tokenizer)
 
@@ -85,7 +86,8 @@ def objective_of(arguments: Arguments, tokenizer: Any) -> Objective:
         if adapter := arguments.lora.adapter_name_or_path:
             config.mask_token_id = adapter_mask_token(adapter) or getattr(config, "mask_token_id", None)
         token = resolve_mask_token(tokenizer, config, mask_token=wedlm.mask_token, mask_token_id=wedlm.mask_token_id)
-    return build_objective(arguments.data, arguments.wedlm, mask_token_id=token, seed=arguments.training.seed)
+    seed = arguments.training.seed
+    return build_objective(arguments.data, arguments.wedlm, mask_token_id=token, seed=seed, dpo=arguments.dpo)
 
 
 def build_trainer(
@@ -101,6 +103,12 @@ def build_trainer(
     Raises:
         ValueError: as ``SFTTrainer``.
     """
+    own: dict[str, Any] = {"wedlm_args": replace(arguments.wedlm, mask_token_id=mask_token_id)}
+    if arguments.data.task_type == "dpo":
+        named = arguments.dpo.reference_model_name_or_path
+        if arguments.dpo.dpo_reference == "model":
+            named = named or arguments.model.model_name_or_path
+        own = {"dpo_args": arguments.dpo, "ref_model": named}
     return TRAINERS[arguments.data.task_type](
         model,
         arguments.training,
@@ -108,8 +116,11 @@ def build_trainer(
         eval_dataset=evaluation,
         processing_class=tokenizer,
         data_args=arguments.data,
-        wedlm_args=replace(arguments.wedlm, mask_token_id=mask_token_id),
         attention_backend=arguments.model.attention_backend,
+        router_aux_loss_coef=arguments.model.router_aux_loss_coef,
+        freeze=arguments.model.freeze,
+        thaw_at_step=arguments.model.thaw_at_step,
+        **own,
     )
 
 

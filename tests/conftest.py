@@ -39,3 +39,15 @@ def own_logger_state() -> Iterator[None]:
     yield
     logger.setLevel(before[0])
     logger.handlers, logger.propagate = before[1:]
+
+
+@pytest.fixture
+def no_engine_starts(monkeypatch) -> Iterator[None]:
+    """Settings are built and no process group is; what transformers writes into the environment goes again."""
+    pytest.importorskip("deepspeed")
+    monkeypatch.setattr("hf_sft.training_arguments.enter_process_group", lambda training: None)
+    before = dict(os.environ)
+    yield
+    for name in set(os.environ) - set(before):
+        del os.environ[name]
+    os.environ.update(before)

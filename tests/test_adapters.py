@@ -14,9 +14,10 @@ from transformers import AutoModelForCausalLM
 
 from hf_sft.arguments import LoraArguments, ModelArguments
 from hf_sft.checkpoints import CheckpointError, verify_adapter
-from hf_sft.models.adapters import save_adapter, target_modules
+from hf_sft.models.adapters import save_adapter
 from hf_sft.models.loading import load_model, load_tokenizer
 from hf_sft.models.sharded import summary, trainable_parameters
+from hf_sft.models.targets import target_modules
 from hf_sft.models.vocabulary import grow_embeddings
 
 NEW = ["<|tool|>", "<|mask|>"]
@@ -70,12 +71,12 @@ def logits(model, ids: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "gpt_neox", "mamba"])
 def test_all_linear_is_every_linear_layer_but_the_head(family) -> None:
     model = tiny_model(family)
-    names, excluded = target_modules(model, ["all-linear"])
+    names, excluded, parameters = target_modules(model, ["all-linear"])
     linear = {n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
     head = next(n for n, m in model.named_modules() if m is model.get_output_embeddings())
     read_directly = {"x_proj", "dt_proj", "out_proj"} if family == "mamba" else set()
     assert set(names) == linear - {head} - read_directly
-    assert excluded == []
+    assert excluded == [] and parameters == []
 
 
 def test_named_layers(folder) -> None:

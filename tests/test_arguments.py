@@ -312,7 +312,7 @@ def test_unknown_key_without_neighbour():
         ({"max_seq_length": 1}, "at least 2 tokens"),
         ({"max_train_samples": 0}, "max_train_samples is 0"),
         ({"max_eval_samples": 5}, "max_eval_samples is set and eval_file is not"),
-        ({"task_type": "dpo"}, "task_type is dpo, which is not available in this version; choose sft or pretrain"),
+        ({"dpo_beta": 0.2}, "dpo_beta belongs to task_type dpo, and task_type is sft"),
         ({"attention_backend": "flash"}, "choose auto or dense or segment or flex or magi"),
         ({"task_type": "pretrain", "train_on": "all"}, "train_on belongs to conversations"),
         ({"overlength": "split"}, "a conversation is dropped or truncated"),

@@ -91,7 +91,10 @@ def test_version_and_commands(capsys):
 
 @pytest.mark.parametrize(
     ("word", "hint"),
-    [("trian", "did you mean train?"), ("xyz", "choose train or prepare or generate or inspect or merge or export")],
+    [
+        ("trian", "did you mean train?"),
+        ("xyz", "choose train or prepare or generate or inspect or merge or migrate or export"),
+    ],
 )
 def test_unknown_command(capsys, word, hint):
     assert cli.main([word]) == 2

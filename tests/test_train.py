@@ -166,7 +166,7 @@ def wrong_inputs(tmp_path: Path) -> dict[str, tuple[dict, str]]:
         "qlora with full": ({"quantization": "nf4"}, "only the frozen base of qlora"),
         "adapter with full": ({"lora_rank": 8}, "train_mode is full"),
         "no model": ({"model_name_or_path": str(tmp_path / "no-model")}, "no-model"),
-        "not in this version": ({"task_type": "dpo"}, "not available in this version"),
+        "conversations as pairs": ({"task_type": "dpo"}, "is no preference pair"),
         "all rows too long": ({"max_seq_length": 4}, "none is left"),
     }
 

@@ -39,6 +39,7 @@ def make_trainer(folder, model=None, data: DataArguments = DATA, train=40, evalu
         "model",
         "data_collator",
         "attention_backend",
+        "router_aux_loss_coef",
         "compute_metrics",
         "callbacks",
         "peft_config",

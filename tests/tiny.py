@@ -37,16 +37,60 @@ _COMMON = dict(
     vocab_size=259, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
     max_position_embeddings=512, pad_token_id=257, bos_token_id=None, eos_token_id=256,
 )  # fmt: skip
+_EXPERTS = dict(num_experts_per_tok=2, moe_intermediate_size=16)
+_LATENT = dict(
+    num_key_value_heads=4, kv_lora_rank=16, q_lora_rank=16, qk_rope_head_dim=4, qk_nope_head_dim=8, v_head_dim=8,
+    n_routed_experts=4, n_shared_experts=1, n_group=1, topk_group=1, first_k_dense_replace=1, **_EXPERTS,
+)  # fmt: skip
+_NO_KEYS, _NO_POSITIONS = ("num_key_value_heads",), ("num_key_value_heads", "max_position_embeddings")
+# What differs from _COMMON; "type": the model type where the name is not one; "without": fields that the config has not.
 FAMILIES: dict[str, dict] = {
     "llama": {},
+    "llama2": dict(type="llama", num_key_value_heads=4),
+    "llama3": dict(
+        type="llama",
+        rope_parameters=dict(
+            rope_type="llama3", rope_theta=500000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+            original_max_position_embeddings=64,
+        ),
+    ),
     "qwen2": {},
     "qwen3": dict(head_dim=8),
     "mistral": dict(sliding_window=7),
+    "gemma": dict(head_dim=8),
     "gemma2": dict(head_dim=8, sliding_window=7, query_pre_attn_scalar=8),
     "gemma3_text": dict(head_dim=8, sliding_window=7, query_pre_attn_scalar=8),
-    "gpt_neox": {},
-    "mamba": {},
-}
+    "gpt_neox": dict(without=_NO_KEYS),
+    "phi3": {},
+    "stablelm": {},
+    "olmo2": {},
+    "granite": dict(logits_scaling=2.0, attention_multiplier=0.5, residual_multiplier=0.5, embedding_multiplier=3.0),
+    "bloom": dict(without=("intermediate_size", *_NO_POSITIONS)),
+    "gpt2": dict(
+        without=("intermediate_size", *_NO_POSITIONS), n_positions=512, attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0
+    ),
+    "falcon": dict(multi_query=True, parallel_attn=True, alibi=False, without=("intermediate_size", *_NO_KEYS)),
+    "falcon_new": dict(
+        type="falcon", new_decoder_architecture=True, num_kv_heads=2, alibi=False, without=("intermediate_size", *_NO_KEYS)
+    ),
+    "falcon_alibi": dict(
+        type="falcon", multi_query=False, parallel_attn=False, alibi=True, bias=True, without=("intermediate_size", *_NO_KEYS)
+    ),
+    "mixtral": dict(num_local_experts=4, num_experts_per_tok=2),
+    "qwen2_moe": dict(num_experts=4, shared_expert_intermediate_size=24, **_EXPERTS),
+    "qwen3_moe": dict(head_dim=8, num_experts=4, **_EXPERTS),
+    "gpt_oss": dict(
+        head_dim=8, sliding_window=7, num_local_experts=4, num_experts_per_tok=2,
+        rope_parameters=dict(rope_type="default", rope_theta=150000.0),
+    ),
+    "deepseek_v2": _LATENT,
+    "deepseek_v3": _LATENT,
+    "mamba": dict(state_size=4, without=("intermediate_size", "num_attention_heads", *_NO_POSITIONS)),
+    "mamba2": dict(
+        state_size=8, num_heads=8, head_dim=8, n_groups=2, chunk_size=16,
+        without=("intermediate_size", "num_attention_heads", *_NO_POSITIONS),
+    ),
+}  # fmt: skip
 
 
 @functools.cache
@@ -54,12 +98,8 @@ def _config(family: str, **overrides):
     from transformers import AutoConfig
 
     fields = {**_COMMON, **FAMILIES[family], **overrides}
-    if family == "gpt_neox":
-        fields.pop("num_key_value_heads")
-    if family == "mamba":
-        fields = dict(vocab_size=259, hidden_size=32, state_size=4, num_hidden_layers=2, pad_token_id=257)
-        fields |= dict(bos_token_id=None, eos_token_id=256, **overrides)
-    return AutoConfig.for_model(family, **fields)
+    kind, absent = fields.pop("type", family), fields.pop("without", ())
+    return AutoConfig.for_model(kind, **{name: value for name, value in fields.items() if name not in absent})
 
 
 def tiny_model(family: str = "llama", seed: int = 0, **overrides):

@@ -19,6 +19,7 @@ class Dense:
     half_only = False
 
     def install(self, model: PreTrainedModel) -> None:
+        layer_windows(model.config)  # other kinds of layers do not read the mask
         own = model.config._attn_implementation
         if own not in ("sdpa", "eager"):
             raise ValueError(

@@ -55,6 +55,9 @@ class Routed:
 
     def install(self, model: PreTrainedModel) -> None:
         layer_windows(model.config)  # kinds of layers that take their window from the mask would lose it
+        can_route = getattr(model, "_can_set_attn_implementation", None)
+        if can_route is not None and not can_route():
+            raise ValueError(f"{type(model).__name__} computes its attention by itself and calls no function of ours")
         routed = _PREFIX + self.name
         AttentionInterface.register(routed, type(self).function)
         # Calls without a layout (generation in a callback, say) get ordinary masks and run like sdpa.

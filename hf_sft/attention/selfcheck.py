@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from hf_sft.attention.backends import BACKENDS, Backend, backend_named, layer_windows, restore_attention
 from hf_sft.attention.layout import Layout
+from hf_sft.models.families import uses_alibi
 from hf_sft.models.wrappers import base_model, evaluating
 from hf_sft.streams import NoisyStream, group_blocks, noisy_stream
 
@@ -175,13 +176,18 @@ def _measure(model: nn.Module, base: PreTrainedModel, backend: Backend, mask_tok
             [] if mask_token_id is None else [_noisy(ids, mask_token_id, n) for n, ids in enumerate((first, second))]
         )
         slots_apart = [logits for streams in noisy for logits in _slots_one_pass(model, base, streams)]
-        backend.install(base)
+        try:
+            backend.install(base)
+        except ValueError as error:
+            return Verdict(backend.name, False, str(error))
         with torch.autocast(device.type, torch.bfloat16, enabled=backend.half_only):
             packed = _packed_logits(model, backend, [first, second])
             changed = _packed_logits(model, backend, [other, second])
             slots = _slots_packed(model, backend, noisy) if noisy else packed[:0]
     except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
-        return Verdict(backend.name, False, f"the forward fails ({error})")
+        alibi = "its ALiBi biases are made from a mask of padding"
+        why = alibi if uses_alibi(base.config) else f"{type(error).__name__}: {error}"
+        return Verdict(backend.name, False, f"the forward takes no packed row ({why})")
     spread = (apart.max() - apart.min()).item()
     exact = base.dtype in _SAME and not backend.half_only
     same, leak_limit = (_SAME[base.dtype], _LEAK[base.dtype]) if exact else (_SAME_LOW_PRECISION, _LEAK_LOW_PRECISION)

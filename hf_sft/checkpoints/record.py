@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 import platform
-import re
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import hf_sft
+from hf_sft.conversion import is_secret
 from hf_sft.data.cache import write_file
 
 ARGUMENTS_FILE = "args.json"
@@ -21,11 +21,12 @@ IDENTITY_FIELDS = (
     "model_name_or_path", "model_revision", "config_name_or_path", "config_overrides", "tokenizer_name_or_path",
     "new_special_tokens", "train_mode", "dtype", "quantization", "double_quantization",
     "lora_rank", "lora_alpha", "lora_target_modules", "lora_bias", "use_dora", "use_rslora", "modules_to_save",
-    "train_file_hash", "max_train_samples", "eval_split", "data_format", "task_type", "objective", "train_on", "chat_template",
+    "train_file_hash", "max_train_samples", "eval_split", "data_format", "task_type", "objective", "train_on",
+    "dpo_loss_type", "max_prompt_length", "max_answer_length", "chat_template",
     "chat_template_kwargs", "system_prompt", "special_tokens_in_text", "lazy_preprocess", "streaming", "shuffle_buffer",
     "block_size", "mask_per_block", "mask_sampling", "loss_weighting_scheme", "num_learnable_im_end", "mask_token",
-    "mask_token_id", "enable_ar_loss", "ar_loss_weight", "max_seq_length", "overlength", "packing", "seed", "data_seed",
-    "train_sampling_strategy",
+    "mask_token_id", "enable_ar_loss", "ar_loss_weight", "max_seq_length", "overlength", "split_overlap", "pretrain_packing",
+    "packing", "seed", "data_seed", "train_sampling_strategy", "freeze",
 )  # fmt: skip
 # What says nothing about the training: another value of these is not worth a line.
 _INCIDENTAL = frozenset({
@@ -33,8 +34,6 @@ _INCIDENTAL = frozenset({
     "log_on_each_node", "ddp_timeout", "enable_jit_checkpoint", "platform",
 })  # fmt: skip
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "bitsandbytes", "deepspeed")
-_SECRET = re.compile(r"(^|_)(token|secret|password|passwd|api_?key|credentials?)s?($|_)", re.IGNORECASE)
-_NOT_SECRET = frozenset({"mask_token", "pad_token", "eos_token", "bos_token", "unk_token"})
 
 
 def save_arguments(folder: str | os.PathLike[str], arguments: Mapping[str, Any]) -> str:
@@ -104,11 +103,5 @@ def as_json(value: Any) -> Any:
 
 def _without_secrets(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {
-            str(k): _without_secrets(v) for k, v in value.items() if not (_is_secret(str(k)) and isinstance(v, str))
-        }
+        return {str(k): _without_secrets(v) for k, v in value.items() if not (is_secret(str(k)) and isinstance(v, str))}
     return [_without_secrets(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-
-def _is_secret(key: str) -> bool:
-    return key not in _NOT_SECRET and _SECRET.search(key) is not None

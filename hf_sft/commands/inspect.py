@@ -111,7 +111,7 @@ def _inspect(arguments: Any, options: argparse.Namespace) -> Inspection:
     inspection = inspect_data(
         prepared,
         tokenizer,
-        capacity=asked.max_seq_length,
+        capacity=asked.bin_capacity,
         samples=options.samples,
         seed=arguments.training.seed,
         packing=asked.packing is not False,

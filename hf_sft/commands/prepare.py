@@ -32,7 +32,7 @@ def main(argv: Sequence[str]) -> int:
     for split, part in prepared.items():
         rules = objective.row_rules(evaluation=split == "eval")
         identities[split] = identity(tokenizer, Encoding.of(arguments.data, rules))
-        packing[split] = packing_of(Bins(part.rows, arguments.data.max_seq_length))
+        packing[split] = packing_of(Bins(part.rows, arguments.data.bin_capacity))
     save_prepared(options.output_dir, prepared, identities, packing)
     for split, part in prepared.items():
         print(_summary(split, part.report, packing[split]))

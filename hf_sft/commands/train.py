@@ -16,11 +16,13 @@ logger = logging.getLogger("hf_sft")
 
 def main(argv: Sequence[str]) -> int:
     """Train as the arguments say; returns 0. Raises ValueError for everything that a user can put right."""
+    from hf_sft.legacy import enter_environment
     from hf_sft.parsing import parse_args
     from hf_sft.training.failures import ending_together
 
     arguments = parse_args(argv)
     log_to_terminal(arguments.training)
+    enter_environment(arguments.environment, arguments.training.report_to)
     for note in arguments.notes:
         logger.warning(note)
     with ending_together():
@@ -212,6 +214,8 @@ def _record(arguments: Any) -> dict[str, Any]:
         groups["adapter"] = asdict(arguments.lora)
     if arguments.data.objective == "wedlm":
         groups["wedlm"] = asdict(arguments.wedlm)
+    if arguments.data.task_type == "dpo":
+        groups["preferences"] = asdict(arguments.dpo)
     return groups
 
 
@@ -228,6 +232,7 @@ def _resolved(arguments: Any, trainer: Any) -> dict[str, Any]:
             "dtype": str(trainer.model.config.dtype).removeprefix("torch."),
             "quantization": quantization_kind(arguments.model),
             **({} if token is None else {"mask_token_id": token}),
+            **({"reference": trainer.reference_kind} if arguments.data.task_type == "dpo" else {}),
             "processes": trainer.args.world_size,
             "last_step": trainer.state.max_steps,
         }

@@ -56,16 +56,24 @@ class Bins(Dataset):
     The epoch travels with the index because loader workers do not hear of it otherwise.
 
     Args:
+        columns: of the rows, beside ``input_ids`` and ``labels``: whole numbers.
         rows: token rows ``{"input_ids", "labels"}``: a list, or a ``datasets.Dataset`` (read through Arrow without copies).
         capacity: pack documents into bins of so many tokens; None: one document per bin.
+
+    Attributes:
+        notes: name -> [documents, ...]: what is written into each document's row beside its columns.
 
     Raises:
         ValueError: if a document is longer than ``capacity``.
     """
 
-    def __init__(self, rows: Any, capacity: int | None) -> None:
+    def __init__(self, rows: Any, capacity: int | None, columns: tuple[str, ...] = ()) -> None:
+        self.columns = columns
+        self.notes: dict[str, np.ndarray] = {}
         self.rows = (
-            rows.select_columns(["input_ids", "labels"]).with_format("arrow") if hasattr(rows, "with_format") else rows
+            rows.select_columns(["input_ids", "labels", *columns]).with_format("arrow")
+            if hasattr(rows, "with_format")
+            else rows
         )
         self.lengths, self.largest_id = _measure(self.rows)
         self.bins = (
@@ -92,10 +100,14 @@ class Bins(Dataset):
             rows = [self.rows[i] for i in documents]
         else:
             table = self.rows[documents]
-            columns = {name: _split_column(table[name]) for name in ("input_ids", "labels")}
+            columns: dict[str, Sequence[Any]] = {name: _split_column(table[name]) for name in ("input_ids", "labels")}
+            columns |= {name: table[name].to_pylist() for name in self.columns}
             rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
         # Which document of which epoch it is decides the noise of objectives that draw any.
-        return [{**row, "document": i, "epoch": epoch} for i, row in zip(documents, rows, strict=True)]
+        return [
+            {**row, "document": i, "epoch": epoch, **{name: values[i] for name, values in self.notes.items()}}
+            for i, row in zip(documents, rows, strict=True)
+        ]
 
 
 class Examples(Dataset):

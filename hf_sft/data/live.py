@@ -22,6 +22,7 @@ from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from hf_sft.arguments import DataArguments
 from hf_sft.data.bins import EMPTY, deal
+from hf_sft.data.concat import join
 from hf_sft.data.files import BadRecord, Record, size_of
 from hf_sft.data.packing import pack_documents
 from hf_sft.data.pipeline import read_source, reasons, refuse
@@ -126,10 +127,11 @@ def _rows(
     if chunk.counts.bad:
         logger.warning("left out: %s", "; ".join(chunk.counts.bad_examples))
     counts.add(chunk.counts)
-    columns = [chunk.rows.column(name) for name in ("input_ids", "labels")]
-    rows = [
+    columns = [chunk.rows.column(name) for name in ("input_ids", "labels", "rejected_start")]
+    rows: list[Item] = [
         {"input_ids": ids.values.to_numpy(), "labels": labels.values.to_numpy()}
-        for ids, labels in zip(*columns, strict=True)
+        | ({"rejected_start": border.as_py()} if border.is_valid else {})
+        for ids, labels, border in zip(*columns, strict=True)
     ]
     for row in rows:
         if row["input_ids"].max() >= embedding_rows:
@@ -215,6 +217,11 @@ def _as_json(records: Iterator[Record], source: LiveSource, counts: RowCounts, d
 # ---- streaming ----
 
 
+def _joined(rows: Iterator[Item], length: int) -> Iterator[Item]:
+    columns = ((row["input_ids"], row["labels"]) for row in rows)
+    return ({"input_ids": ids, "labels": labels} for ids, labels in join(columns, length))
+
+
 def _sample(rows: Iterator[Item], share: float, rng: np.random.Generator) -> Iterator[Item]:
     return (row for row in rows if rng.random() < share)
 
@@ -279,9 +286,12 @@ class StreamBins(IterableDataset):
             waiting = [] if rest is None else [window[i] for i in packed[rest]]
 
     def _numbered(self, epoch: int) -> Iterator[Item]:
-        """Documents in the order of the epoch, each with its number in it."""
+        """Documents in the order of the epoch, each with its number in it; or rows of the texts, joined in that order."""
         counts = RowCounts()
-        for number, row in enumerate(self._shuffled(epoch, counts)):
+        rows = self._shuffled(epoch, counts)
+        if self.live.data.joins_texts:
+            rows = _joined(rows, self.live.data.max_seq_length)
+        for number, row in enumerate(rows):
             yield {**row, "document": number, "epoch": epoch}
         names = ", ".join(source.name for source in self.live.sources)
         if not counts.kept:

@@ -27,6 +27,8 @@ from hf_sft.data.cache import (
     wait_for_folder,
     write_folder,
 )
+from hf_sft.data.chat import TokenRow
+from hf_sft.data.concat import join
 from hf_sft.data.files import Record, content_hash, parts_of, read_records, size_of
 from hf_sft.data.prepared import (
     Part,
@@ -51,6 +53,7 @@ logger = logging.getLogger(__name__)
 
 _LARGE = 1 << 20  # bytes from which several processes tokenise faster than one
 _MOST_WORKERS = 8
+_JOINED_AT_ONCE = 256  # rows
 
 
 # ---- files ----
@@ -248,7 +251,7 @@ def _prepare_source(reader: _Reader, tokenizer: Any, encoding: Encoding) -> Part
         records = tqdm(reader.records(), desc=f"tokenising {Path(source.path).name}", unit=" rows", disable=None)
         chunks = encode_records(records, tokenizer, encoding, source.path, _workers(source, data))
         with pa.OSFile(str(target / "rows.arrow"), "wb") as file, pa.ipc.new_stream(file, SCHEMA) as writer:
-            for rows in _counted(chunks, counts, hashes, data.bad_records):
+            for rows in _finished(_counted(chunks, counts, hashes, data.bad_records), counts, encoding):
                 writer.write_batch(rows)
         if counts.read or reader.held_out is None:  # of a small source, eval_split may take all or nothing
             _refuse_nothing(counts, source.path)
@@ -308,13 +311,46 @@ def prepare_examples(
         )
     counts, hashes = RowCounts(), RowHashes()
     records = (Record(n, examples[n], "example") for n in range(len(examples)))
-    chunks = encode_records(records, tokenizer, Encoding.of(data, rules, seed=seed), "memory")
-    batches = list(_counted(chunks, counts, hashes, data.bad_records))
+    encoding = Encoding.of(data, rules, seed=seed)
+    chunks = encode_records(records, tokenizer, encoding, "memory")
+    batches = list(_finished(_counted(chunks, counts, hashes, data.bad_records), counts, encoding))
     _refuse_nothing(counts, "memory")
     if left_out := counts.read - counts.kept:
         logger.warning("%d of %d examples are left out: %s", left_out, counts.read, reasons(counts))
     rows = Dataset(InMemoryTable(pa.Table.from_batches(batches, SCHEMA)))
     return PreparedData(mark(rows), counts.report())
+
+
+# ---- joining texts ----
+
+
+def _finished(batches: Iterable[pa.RecordBatch], counts: RowCounts, encoding: Encoding) -> Iterable[pa.RecordBatch]:
+    """The rows that are trained on: as they come, or those that are cut from the joined texts, which are counted here."""
+    if not encoding.joined:
+        return batches
+    rows = join(map(_columns, batches), encoding.max_length)
+    groups = iter(lambda: list(itertools.islice(rows, _JOINED_AT_ONCE)), [])
+    return (_joined_batch(group, counts) for group in groups)
+
+
+def _columns(batch: pa.RecordBatch) -> list[np.ndarray]:
+    """Token ids, labels, and for each token the record that it comes from."""
+    lists = [batch.column(name) for name in ("input_ids", "labels")]
+    records = batch.column("record").to_numpy()
+    return [*(each.flatten().to_numpy() for each in lists), np.repeat(records, np.diff(lists[0].offsets.to_numpy()))]
+
+
+def _joined_batch(rows: list[tuple[np.ndarray, ...]], counts: RowCounts) -> pa.RecordBatch:
+    """``rows`` in ``SCHEMA``; the record of a row is that of its first token."""
+    counts.count([TokenRow(input_ids=ids.tolist(), labels=labels.tolist()) for ids, labels, _ in rows])
+    lengths = np.array([len(ids) for ids, _, _ in rows], np.int32)
+    offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
+    flat = [np.concatenate([row[place] for row in rows]) for place in (0, 1)]
+    ids, labels = (pa.ListArray.from_arrays(offsets, pa.array(column, pa.int32())) for column in flat)
+    found = {"input_ids": ids, "labels": labels, "source": pa.array(np.zeros(len(rows), np.int32))}
+    found |= {"record": pa.array([records[0] for _, _, records in rows], pa.int64()), "full_length": pa.array(lengths)}
+    arrays = [found.get(entry.name, pa.nulls(len(rows), entry.type)) for entry in SCHEMA]
+    return pa.RecordBatch.from_arrays(arrays, schema=SCHEMA)
 
 
 # ---- counting and refusing ----
@@ -384,7 +420,7 @@ def _refuse_nothing(counts: RowCounts, name: str) -> None:
 
 def _warn(report: dict[str, Any], data: DataArguments) -> None:
     pairs = report["formats"].get("preference", 0)
-    if pairs and data.data_format == "auto":
+    if pairs and data.data_format == "auto" and data.task_type == "sft":
         logger.warning(
             "%d records are preference pairs: task_type sft learns the chosen answers and never sees the rejected ones "
             "(data_format: preference says that this is meant)",

@@ -123,6 +123,11 @@ def identity(tokenizer: Any, encoding: Encoding) -> dict[str, Any]:
         repr(tokenizer.special_tokens_map),
         sorted(forbidden_tokens(tokenizer)),
     ]
+    cut: dict[str, Any] = {}
+    if encoding.joined:
+        cut = {"pretrain_packing": "concat", "max_seq_length": encoding.max_length}
+    elif encoding.task == "pretrain":
+        cut = {"pretrain_packing": "documents", "split_overlap": encoding.split_overlap}
     return {
         "tokenizer": hashlib.sha256(json.dumps(tokens).encode()).hexdigest(),
         "chat_template": encoding.templates(tokenizer),
@@ -131,6 +136,9 @@ def identity(tokenizer: Any, encoding: Encoding) -> dict[str, Any]:
         "train_on": encoding.train_on,
         "num_learnable_im_end": encoding.rules.end_tail,
         "mask_token_id": encoding.rules.mask_token_id,
+        "max_prompt_length": encoding.rules.max_prompt_length,
+        "max_answer_length": encoding.rules.max_answer_length,
+        **cut,
     }
 
 

@@ -15,7 +15,7 @@ import random
 import signal
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,7 +28,9 @@ from hf_sft.arguments import DataArguments
 from hf_sft.data.chat import ChatEncoder, EncodingError, TokenRow, TrainOn
 from hf_sft.data.files import BadRecord, Record
 from hf_sft.data.formats import Conversation, FormatError, check_template_kwargs, to_conversation
-from hf_sft.data.templates import resolve_template
+from hf_sft.data.pairs import PairEncoder, check_pair_row, fit_pair, is_tokenised_pair
+from hf_sft.data.preferences import PreferencePair, to_preference
+from hf_sft.data.templates import has_template, resolve_template
 from hf_sft.data.texts import TextEncoder, to_text
 from hf_sft.data.tokenize import Overlength, RowCounts, check_token_row, cut_tail, is_token_row
 from hf_sft.sources import Source
@@ -41,6 +43,7 @@ SCHEMA = pa.schema(
         ("source", pa.int32()),  # place among the sources
         ("record", pa.int64()),  # line or position in the file, from 1
         ("full_length", pa.int32()),  # tokens before anything was cut
+        ("rejected_start", pa.int32()),  # of preference pairs (data/pairs.py)
     ]
 )
 
@@ -52,10 +55,13 @@ class RowRules:
     Args:
         end_tail: end-of-turn tokens that are learned behind a conversation's last answer; see ``ChatEncoder``.
         mask_token_id: no row may hold it.
+        max_prompt_length, max_answer_length: of preference pairs; see ``fit_pair``.
     """
 
     end_tail: int = 0
     mask_token_id: int | None = None
+    max_prompt_length: int | None = None
+    max_answer_length: int | None = None
 
     def apply(self, row: TokenRow | ValueError, max_length: int, *, encoded: bool) -> TokenRow | ValueError:
         """The row as the objective wants it, or what is wrong with it; a tail never makes a row too long.
@@ -88,6 +94,8 @@ class Encoding:
     special_tokens_in_text: str = "refuse"
     max_length: int = 2048
     overlength: Overlength = "drop"
+    split_overlap: int = 1
+    joined: bool = False  # the rows are texts of any length, which are joined and cut in the next step (data.concat)
     rules: RowRules = NO_RULES
     seed: int = 0
 
@@ -111,9 +119,16 @@ class Encoding:
             special_tokens_in_text=data.special_tokens_in_text,
             max_length=data.max_seq_length,
             overlength=cast(Overlength, data.overlength_rule),
+            split_overlap=data.split_overlap,
+            joined=data.joins_texts,
             rules=rules,
             seed=seed,
         )
+
+    @property
+    def is_pairs(self) -> bool:
+        """Whether records are preference pairs, both of whose sides are learned from."""
+        return self.task == "dpo"
 
     def templates(self, tokenizer: Any) -> list[str]:
         """The Jinja texts; none where raw texts are learned.
@@ -121,8 +136,9 @@ class Encoding:
         Raises:
             ValueError: as ``resolve_template``.
         """
-        if self.task == "pretrain":
-            return []
+        named = self.chat_templates != (None,) or self.system_prompt
+        if self.task == "pretrain" or not (named or has_template(tokenizer)):
+            return []  # in the second case conversations are refused when one is met: token rows need no template
         return [resolve_template(tokenizer, name, self.system_prompt) for name in self.chat_templates]
 
 
@@ -165,7 +181,7 @@ class RowEncoder:
         self.vocabulary = None if tokenizer is None else len(tokenizer)
 
     @cached_property
-    def encoders(self) -> list[ChatEncoder | TextEncoder]:
+    def encoders(self) -> list[ChatEncoder | TextEncoder | PairEncoder]:
         """One per template."""
         encoding = self.encoding
         if self.tokenizer is None:
@@ -174,14 +190,15 @@ class RowEncoder:
             )
         specials: Any = encoding.special_tokens_in_text
         if encoding.task == "pretrain":
-            return [TextEncoder(self.tokenizer, special_tokens_in_text=specials)]
+            return [TextEncoder(self.tokenizer, special_tokens_in_text=specials, learn_bos=encoding.joined)]
         kwargs = dict(encoding.template_kwargs or {})
-        return [
+        chats = [
             ChatEncoder(
                 self.tokenizer, template, kwargs, end_tail=encoding.rules.end_tail, special_tokens_in_text=specials
             )
-            for template in encoding.templates(self.tokenizer)
+            for template in encoding.templates(self.tokenizer) or [resolve_template(self.tokenizer, None)]
         ]
+        return [PairEncoder(chat) if encoding.is_pairs else chat for chat in chats]
 
     def encode(self, records: list[Record]) -> Chunk:
         """The rows of the records that can be used, and the account of all."""
@@ -189,13 +206,13 @@ class RowEncoder:
         kept: list[tuple[TokenRow, int, int]] = []
         too_long: list[str] = []
         for record, found in zip(records, self._token_rows(records, counts), strict=True):
-            row = encoding.rules.apply(found, encoding.max_length, encoded=not is_token_row(record.value))
+            row = encoding.rules.apply(found, encoding.max_length, encoded=not self._is_tokenised(record.value))
             place = record.where(self.name)
             if isinstance(row, ValueError):
                 counts.add_bad(place, row)
                 continue
             try:
-                rows = counts.fit(row, encoding.max_length, encoding.overlength)
+                rows = self._fit(counts, row)
             except EncodingError as error:
                 too_long.append(f"{place}: {error}")
                 continue
@@ -203,20 +220,30 @@ class RowEncoder:
         rows_, hashes = _record_batch(kept)
         return Chunk(rows_, counts, hashes, too_long)
 
+    def _fit(self, counts: RowCounts, row: Any) -> Sequence[TokenRow]:
+        """The row as it is kept, or in several, counted."""
+        encoding = self.encoding
+        if encoding.is_pairs:
+            rules = encoding.rules
+            lengths = encoding.max_length, rules.max_prompt_length, rules.max_answer_length
+            return fit_pair(counts, row, *lengths, overlength=encoding.overlength)
+        overlap, joined = encoding.split_overlap, encoding.joined
+        return counts.fit(row, encoding.max_length, encoding.overlength, overlap=overlap, joined=joined)
+
     def _token_rows(self, records: list[Record], counts: RowCounts) -> list[TokenRow | ValueError]:
         """The token row of each record, or what is wrong with it."""
         parsed = [self._parse(record.value) for record in records]
         found: list[Any] = list(parsed)
         groups: dict[int, list[int]] = {}  # encoder -> places of its records
         for place, value in enumerate(parsed):
-            if isinstance(value, (Conversation, str)):
-                counts.formats["text" if isinstance(value, str) else value.format] += 1
+            if isinstance(value, (Conversation, PreferencePair, str)):
+                counts.formats[_format_of(value)] += 1
                 groups.setdefault(self._draw(records[place].number), []).append(place)
             elif not isinstance(value, ValueError):
                 counts.formats["token_rows"] += 1
         for number, places in groups.items():
             encoder: Any = self.encoders[number]
-            options = {} if isinstance(encoder, TextEncoder) else {"train_on": self.encoding.train_on}
+            options = {"train_on": self.encoding.train_on} if isinstance(encoder, ChatEncoder) else {}
             encoded = encoder.encode([parsed[place] for place in places], **options)
             counts.special_tokens.update(encoder.special_tokens_met)  # those that are kept as text
             encoder.special_tokens_met.clear()
@@ -229,18 +256,31 @@ class RowEncoder:
         count = len(self.encoders)
         return 0 if count == 1 else random.Random(f"{self.encoding.seed} {number}").randrange(count)
 
-    def _parse(self, value: Any) -> Conversation | str | TokenRow | ValueError:
+    def _is_tokenised(self, value: Any) -> bool:
+        return is_tokenised_pair(value) if self.encoding.is_pairs else is_token_row(value)
+
+    def _parse(self, value: Any) -> Conversation | PreferencePair | str | TokenRow | ValueError:
         encoding = self.encoding
         try:
             if isinstance(value, BadRecord):
                 return FormatError(value.reason)
             if encoding.columns and isinstance(value, Mapping):
                 value = _rename(value, encoding.columns)
+            if encoding.is_pairs:
+                if is_tokenised_pair(value):
+                    return check_pair_row(value, self.vocabulary)
+                return to_preference(value)
             if is_token_row(value):
                 return check_token_row(value, self.vocabulary)
             return to_text(value) if encoding.task == "pretrain" else to_conversation(value, encoding.data_format)
         except (FormatError, EncodingError) as error:
             return error
+
+
+def _format_of(value: Conversation | PreferencePair | str) -> str:
+    if isinstance(value, PreferencePair):
+        return "preference"
+    return "text" if isinstance(value, str) else value.format
 
 
 def _rename(record: Mapping[str, Any], columns: Iterable[tuple[str, str]]) -> dict[str, Any]:
@@ -276,6 +316,7 @@ def _record_batch(kept: list[tuple[TokenRow, int, int]]) -> tuple[pa.RecordBatch
         pa.array(np.zeros(len(kept), np.int32)),
         pa.array([number for _, number, _ in kept], pa.int64()),
         pa.array([length for _, _, length in kept], pa.int32()),
+        pa.array([row.get("rejected_start") for row, _, _ in kept], pa.int32()),
     ]
     return pa.RecordBatch.from_arrays([*lists, *numbers], schema=SCHEMA), hashes
 

@@ -140,6 +140,8 @@ def read_parquet(path: Path) -> Iterator[Record]:
 def read_arrow(path: Path) -> Iterator[Record]:
     """The rows of a memory-mapped Arrow file, in the stream or the file format of IPC.
 
+    Where ``input_ids`` are single numbers, each record batch is a text of which every token is learned.
+
     Raises:
         ValueError: a damaged file.
     """
@@ -156,9 +158,20 @@ def read_arrow(path: Path) -> Iterator[Record]:
                 found = iter(pa.ipc.open_stream(source))
             for batch in found:
                 batch.validate(full=True)  # lengths that do not fit would be read from elsewhere in memory
-                yield batch
+                yield _joined(batch)
 
     return _records(batches(), path, "Arrow file")
+
+
+def _joined(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """One token row of a batch whose rows are single tokens; others as they are."""
+    import pyarrow as pa
+
+    place = batch.schema.get_field_index("input_ids")
+    if place < 0 or not batch.num_rows or not pa.types.is_integer(batch.schema.field(place).type):
+        return batch
+    row = pa.ListArray.from_arrays(pa.array([0, batch.num_rows], pa.int32()), batch.column(place))
+    return pa.RecordBatch.from_arrays([row, row], names=["input_ids", "labels"])
 
 
 def _records(tables: Iterator[Any], where: Any, kind: str) -> Iterator[Record]:

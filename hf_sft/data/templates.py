@@ -121,6 +121,11 @@ def syntax_error(template: str) -> str | None:
     return None
 
 
+def has_template(tokenizer: Any, chat_template: Any = None) -> bool:
+    """Whether there is a template, named or the tokenizer's own. Data that are token rows already need none."""
+    return bool(chat_template or getattr(tokenizer, "chat_template", None))
+
+
 def _find_template(tokenizer: Any, chat_template: str | None) -> tuple[str, str]:
     """The text, and where it comes from, for messages."""
     names = ", ".join(NAMED_TEMPLATES)

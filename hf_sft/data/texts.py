@@ -38,6 +38,7 @@ class TextEncoder:
 
     Args:
         tokenizer: a fast tokenizer.
+        learn_bos: learn a BOS as well, which follows the end of another text where texts are joined.
         special_tokens_in_text: ``refuse`` texts that hold special tokens, or keep these as ``text``: ordinary tokens in the
             text's letters. Then ``special_tokens_met`` counts the texts that hold each.
 
@@ -45,9 +46,11 @@ class TextEncoder:
         ValueError: a slow tokenizer, or one without an end-of-sequence token.
     """
 
-    def __init__(self, tokenizer: Any, *, special_tokens_in_text: SpecialTokensInText = "refuse") -> None:
+    def __init__(
+        self, tokenizer: Any, *, special_tokens_in_text: SpecialTokensInText = "refuse", learn_bos: bool = False
+    ) -> None:
         check_choice(special_tokens_in_text)
-        self.tokenizer, self.special_tokens_in_text = tokenizer, special_tokens_in_text
+        self.tokenizer, self.special_tokens_in_text, self.learn_bos = tokenizer, special_tokens_in_text, learn_bos
         self.pieces = PieceTokenizer(tokenizer)
         if tokenizer.eos_token_id is None:
             raise ValueError(
@@ -94,6 +97,6 @@ class TextEncoder:
         if ids[-1:] != [eos]:
             ids = [*ids, eos]
         labels = list(ids)
-        if bos is not None and ids[0] == bos:
+        if bos is not None and ids[0] == bos and not self.learn_bos:
             labels[0] = IGNORE
         return TokenRow(input_ids=ids, labels=labels)

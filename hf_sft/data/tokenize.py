@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
@@ -27,13 +27,17 @@ def truncate_row(row: TokenRow, max_length: int) -> TokenRow:
     return TokenRow(input_ids=row["input_ids"][:max_length], labels=row["labels"][:max_length])
 
 
-def split_row(row: TokenRow, max_length: int) -> list[TokenRow]:
-    """Rows of at most ``max_length`` tokens that learn what ``row`` does: each begins with the last token of the one before,
-    which is not learned again, so that every other token is predicted exactly once."""
-    rows = [truncate_row(row, max_length)]
-    for start in range(max_length - 1, len(row["input_ids"]) - 1, max_length - 1):
+def split_row(row: TokenRow, max_length: int, overlap: int = 1) -> list[TokenRow]:
+    """Rows of at most ``max_length`` tokens that together learn what ``row`` does, each of its tokens once.
+
+    Each begins with the last ``overlap`` tokens (1 to ``max_length - 1``) of the one before, which are not learned again: what
+    is learned in it has at least so many tokens before it.
+    """
+    rows, step = [truncate_row(row, max_length)], max_length - overlap
+    for start in range(step, len(row["input_ids"]) - overlap, step):
         part = slice(start, start + max_length)
-        rows.append(TokenRow(input_ids=row["input_ids"][part], labels=[IGNORE, *row["labels"][part][1:]]))
+        labels = [IGNORE] * overlap + row["labels"][part][overlap:]
+        rows.append(TokenRow(input_ids=row["input_ids"][part], labels=labels))
     return rows
 
 
@@ -135,26 +139,32 @@ class RowCounts:
         if len(self.bad_examples) < _MOST_EXAMPLES:
             self.bad_examples.append(f"{place}: {reason}")
 
-    def fit(self, row: TokenRow, max_length: int, overlength: Overlength) -> list[TokenRow]:
+    def fit(
+        self, row: TokenRow, max_length: int, overlength: Overlength, *, overlap: int = 1, joined: bool = False
+    ) -> list[TokenRow]:
         """The row as it is kept, or in several if it is split; none where it is dropped (too long, or nothing to learn in it).
         Counted either way.
+
+        Args:
+            overlap: as for :func:`split_row`.
+            joined: the row is a text that is still to be joined with others and cut (``data.concat``): it has any length, and
+                what is made of it is to be counted by :meth:`count`.
 
         Raises:
             EncodingError: too long, and ``overlength`` is ``error``.
         """
         length = len(row["input_ids"])
-        cut = length > max_length
+        cut = length > max_length and not joined
         if cut and overlength == "error":
             raise EncodingError(
                 f"{length} tokens, but max_seq_length is {max_length}; raise it, or set overlength to drop or truncate"
             )
         if cut and overlength == "drop":
-            self.overlength += 1
-            self.too_long[str(-(-length // _LENGTH_STEP) * _LENGTH_STEP)] += 1
+            self.add_too_long(length)
             return []
         rows = [row]
         if cut:
-            rows = split_row(row, max_length) if overlength == "split" else [truncate_row(row, max_length)]
+            rows = split_row(row, max_length, overlap) if overlength == "split" else [truncate_row(row, max_length)]
         rows = [row for row in rows if supervised_tokens(row["labels"])]
         if not rows:
             self.unsupervised += 1
@@ -162,12 +172,22 @@ class RowCounts:
         self.truncated += cut and overlength == "truncate"
         self.split += cut and overlength == "split"
         self.kept += 1
+        if not joined:
+            self.count(rows)
+        return rows
+
+    def add_too_long(self, length: int) -> None:
+        """Count a record that is left out for its length."""
+        self.overlength += 1
+        self.too_long[str(-(-length // _LENGTH_STEP) * _LENGTH_STEP)] += 1
+
+    def count(self, rows: Sequence[TokenRow]) -> None:
+        """Count rows that are trained on."""
         self.rows += len(rows)
         for row in rows:
             self.tokens += len(row["input_ids"])
             self.supervised += supervised_tokens(row["labels"])
             self.longest = max(self.longest, len(row["input_ids"]))
-        return rows
 
     def report(self) -> dict[str, Any]:
         """The counts as plain values for ``data_report.json``."""

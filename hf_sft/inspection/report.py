@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -180,7 +180,8 @@ def inspect_data(
     """
     data = data or DataArguments()
     texts = TokenTexts(tokenizer)
-    signs = Signs(tokenizer, texts, chat=data.task_type != "pretrain", everything=data.train_on == "all")
+    chat, everything = data.task_type != "pretrain", data.train_on == "all"
+    signs = Signs(tokenizer, texts, chat=chat, everything=everything, joined=data.joins_texts)
     scans = {name: scan_rows(part.rows, signs) for name, part in prepared.items()}
     splits = tuple(
         _Split(name, part, scans[name], texts, most_tokens).inspect(
@@ -195,6 +196,9 @@ def inspect_data(
         facts["system prompt of the template"] = signs.system_prompt
     inspection = Inspection(splits, (), overlap, facts)
     return replace(inspection, findings=find_problems(inspection, data, signs.system_prompt))
+
+
+_REJECTED = Token((), "\n--- rejected ---\n", learned=False, special=False)
 
 
 class _Split:
@@ -238,7 +242,8 @@ class _Split:
         learned = np.asarray(labels != IGNORE)
         learned[0] = False  # nothing stands before it that it could be predicted from
         most = self.most_tokens if most is None else most
-        tokens, cut_at, left_out = self._tokens(ids, learned, most)
+        border = item["rejected_start"][0].as_py() if "rejected_start" in item.column_names else None
+        tokens, cut_at, left_out = self._tokens(ids, learned, most, border)
         number = item["source"][0].as_py()
         return Sample(
             why=why,
@@ -253,14 +258,23 @@ class _Split:
             left_out=left_out,
         )
 
-    def _tokens(self, ids: np.ndarray, learned: np.ndarray, most: int | None) -> tuple[list[Token], int | None, int]:
-        """Tokens to show, where some are left out, and how many."""
+    def _tokens(
+        self, ids: np.ndarray, learned: np.ndarray, most: int | None, border: int | None
+    ) -> tuple[list[Token], int | None, int]:
+        """Tokens to show, where some are left out, and how many; ``border``: where a pair's rejected side begins."""
         if most is None or len(ids) <= most + most // 10:  # to leave out a handful helps nobody
-            return list(self.texts.tokens(ids.tolist(), learned.tolist())), None, 0
+            return list(self._part(ids, learned, 0, len(ids), border)), None, 0
         head, tail = most - most // 2, len(ids) - most // 2
-        before = list(self.texts.tokens(ids[:head].tolist(), learned[:head].tolist()))
-        after = self.texts.tokens(ids[tail:].tolist(), learned[tail:].tolist(), before=ids[:tail].tolist()[-1:])
-        return [*before, *after], len(before), tail - head
+        before = list(self._part(ids, learned, 0, head, border))
+        return [*before, *self._part(ids, learned, tail, len(ids), border)], len(before), tail - head
+
+    def _part(self, ids: np.ndarray, learned: np.ndarray, start: int, end: int, border: int | None) -> Iterator[Token]:
+        if border is not None and start < border < end:
+            yield from self._part(ids, learned, start, border, None)
+            yield _REJECTED
+            start = border
+        part = slice(start, end)
+        yield from self.texts.tokens(ids[part].tolist(), learned[part].tolist(), before=ids[:start].tolist()[-1:])
 
     def _checked(self, row: int) -> int:
         if not 0 <= row < len(self.scan.lengths):
@@ -288,7 +302,8 @@ class _Split:
         return chosen
 
     def _duplicates(self) -> int:
-        if (told := self.prepared.report.get("duplicates")) is not None:
+        told = self.prepared.report.get("duplicates")
+        if told is not None and not self.scan.joined:  # of joined texts the report counts texts
             return int(told)
         return len(self.scan.hashes) - len(np.unique(self.scan.hashes))
 

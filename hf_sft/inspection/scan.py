@@ -29,10 +29,13 @@ class Signs:
         texts: of its tokens.
         chat: whether the rows are conversations.
         everything: whether all is learned but what is marked.
+        joined: whether rows are cut from texts that were joined: those of a source are one document then.
     """
 
-    def __init__(self, tokenizer: Any, texts: TokenTexts, *, chat: bool, everything: bool = False) -> None:
-        self.everything = everything
+    def __init__(
+        self, tokenizer: Any, texts: TokenTexts, *, chat: bool, everything: bool = False, joined: bool = False
+    ) -> None:
+        self.everything, self.joined = everything, joined
         vocabulary = texts.vocabulary()
         self.blank = np.array(
             [not text.strip() and token not in texts.special_ids for token, text in enumerate(vocabulary)]
@@ -114,6 +117,7 @@ class Scan:
         truncated: bool, rows that were cut.
         counts: how many rows (``answers``, ``empty_answers``: how many runs) have what; see ``_Chunk``.
         ends: how often each token ends a run.
+        joined: as ``Signs.joined``.
     """
 
     lengths: np.ndarray
@@ -126,6 +130,7 @@ class Scan:
     truncated: np.ndarray
     counts: dict[str, int]
     ends: Counter[int]
+    joined: bool = False
 
 
 class _Findings(NamedTuple):
@@ -153,7 +158,9 @@ def scan_rows(rows: Any, signs: Signs) -> Scan:
     last = np.ones(len(lengths), bool)  # rows that end their document
     if len(lengths) > 1:
         whole = lengths == plain["full_length"]
-        last[:-1] = (np.diff(plain["source"]) != 0) | (np.diff(plain["record"]) != 0) | whole[:-1] | whole[1:]
+        last[:-1] = np.diff(plain["source"]) != 0
+        if not signs.joined:
+            last[:-1] |= (np.diff(plain["record"]) != 0) | whole[:-1] | whole[1:]
     first = np.roll(last, 1)
     truncated = (lengths < plain["full_length"]) & first & last
     counts: Counter[str] = Counter()
@@ -172,7 +179,7 @@ def scan_rows(rows: Any, signs: Signs) -> Scan:
     counts["truncated_answers"] = int((found.cut_answer & truncated).sum())
     return Scan(
         lengths, plain["full_length"].astype(np.int32), found.learned, found.answers, found.hashes, found.prompts,
-        found.oddness, truncated, dict(counts), ends,
+        found.oddness, truncated, dict(counts), ends, signs.joined,
     )  # fmt: skip
 
 

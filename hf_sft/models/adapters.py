@@ -29,17 +29,15 @@ from peft import (
 from peft.utils import ModulesToSaveWrapper, load_peft_weights
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.pytorch_utils import Conv1D
 
 from hf_sft.arguments import LoraArguments
-from hf_sft.models.quantization import STATE_SPACE_BARE_LAYERS, STATE_SPACE_TYPES
 from hf_sft.models.sharded import gathered, without_partitioning
+from hf_sft.models.targets import Targets, head_name, last, linear_layers, name_of, target_modules
 from hf_sft.models.vocabulary import grow_embeddings, heads_are_tied, vocabulary_rows
 
 logger = logging.getLogger(__name__)
-
-ALL_LINEAR = "all-linear"
-_ADAPTABLE = (nn.Linear, Conv1D, nn.Embedding, nn.Conv1d, nn.Conv2d)
 
 
 def add_adapter(
@@ -70,8 +68,9 @@ def add_adapter(
         model = load_adapter(base, lora.adapter_name_or_path, is_trainable=True)
         _warn_of_other_shape(model, lora)
         _require_trained_rows(model, [*new_token_ids, *input_token_ids])
+    _require_whole_experts(model, training)
     # Reentrant checkpointing cuts the graph where no input requires a gradient, as behind a frozen embedding.
-    if _reentrant_checkpointing(training):
+    if reentrant_checkpointing(training):
         base.enable_input_require_grads()
     return model
 
@@ -80,22 +79,25 @@ def lora_config(
     base: PreTrainedModel, lora: LoraArguments, new_token_ids: Sequence[int] = (), input_token_ids: Sequence[int] = ()
 ) -> LoraConfig:
     """The PEFT configuration of a new adapter on ``base``."""
-    targets, excluded = target_modules(base, lora.lora_target_modules)
+    targets = target_modules(base, lora.lora_target_modules)
     saved, tie = _saved_modules(base, lora.modules_to_save)
-    _require_room_for_adapter(base, targets, excluded, saved)
+    _require_room_for_adapter(base, targets, saved)
+    _check_experts(targets, lora)
     return LoraConfig(
         task_type=TaskType.CAUSAL_LM,
         r=lora.lora_rank,
         lora_alpha=lora.lora_alpha,  # type: ignore[arg-type]  # PEFT takes any number
         lora_dropout=lora.lora_dropout,
-        target_modules=targets,
-        exclude_modules=excluded or None,
+        target_modules=targets.modules,
+        exclude_modules=targets.excluded or None,
+        target_parameters=targets.parameters or None,
+        fan_in_fan_out=_all_transposed(base, targets),
         bias=lora.lora_bias,
         use_dora=lora.use_dora,
         use_rslora=lora.use_rslora,
         modules_to_save=saved or None,
         ensure_weight_tying=tie,
-        trainable_token_indices=_token_rows(base, new_token_ids, input_token_ids, [*saved, *targets]) or None,
+        trainable_token_indices=_token_rows(base, new_token_ids, input_token_ids, [*saved, *targets.modules]) or None,
     )
 
 
@@ -104,58 +106,16 @@ def with_input_row(base: PreTrainedModel, config: PeftConfig, token: int) -> Pef
 
     Adapters that are not LoRA's have no such rows: they are returned as they are.
     """
-    name = _last(_name_of(base, base.get_input_embeddings()))
-    if not isinstance(config, LoraConfig) or name in {_last(saved) for saved in config.modules_to_save or []}:
+    name = last(name_of(base, base.get_input_embeddings()))
+    if not isinstance(config, LoraConfig) or name in {last(saved) for saved in config.modules_to_save or []}:
         return config
     rows: Any = config.trainable_token_indices or {}
     rows = dict(rows) if isinstance(rows, dict) else {name: list(rows)}
-    key = next((known for known in rows if _last(known) == name), name)
+    key = next((known for known in rows if last(known) == name), name)
     rows[key] = sorted({*rows.get(key, []), token})
     changed = copy.deepcopy(config)
     changed.trainable_token_indices = rows
     return changed
-
-
-def target_modules(base: PreTrainedModel, names: Sequence[str]) -> tuple[list[str], list[str]]:
-    """(names, full names to leave out) for PEFT, which matches a name against the end of a module's full name.
-
-    ``all-linear`` means every linear layer but the head.
-    """
-    head, tied = _head_name(base), heads_are_tied(base)
-    linear = dict(_linear_layers(base))
-    state_space = getattr(base.config, "model_type", None) in STATE_SPACE_TYPES
-    wanted: list[str] = []
-    for name in names:
-        if name == ALL_LINEAR:
-            skipped = STATE_SPACE_BARE_LAYERS if state_space else frozenset()
-            wanted += [full for full in linear if full != head and _last(full) not in skipped]
-            _warn_of_experts(base)
-            continue
-        hits = {full: module for full, module in base.named_modules() if full == name or full.endswith(f".{name}")}
-        if not hits or not all(isinstance(module, _ADAPTABLE) for module in hits.values()):
-            why = (
-                "matches no layer"
-                if not hits
-                else f"is a {type(next(iter(hits.values()))).__name__}, which takes no adapter"
-            )
-            candidates = sorted({_last(full) for full in linear if full != head})
-            raise ValueError(f"lora_target_modules: {name!r} {why}. Candidates: {ALL_LINEAR}, {', '.join(candidates)}.")
-        if state_space and _last(name) in STATE_SPACE_BARE_LAYERS:
-            raise ValueError(
-                f"lora_target_modules: {name!r} of a {base.config.model_type} model takes no adapter; leave it out."
-            )
-        if tied and any(module is base.get_input_embeddings() or full == head for full, module in hits.items()):
-            raise ValueError(
-                f"lora_target_modules: {name!r} is tied, embedding and head share one weight, and an adapter would change one "
-                "of the two. Train it in full by modules_to_save."
-            )
-        wanted += list(hits)
-    suffixes = sorted({_last(full) for full in wanted})
-    chosen = set(wanted)
-    excluded = [
-        full for full, module in base.named_modules() if _last(full) in suffixes and full not in chosen and full
-    ]
-    return suffixes, sorted(excluded)
 
 
 def load_adapter(base: PreTrainedModel, folder: str, *, is_trainable: bool = False) -> PeftModel:
@@ -239,7 +199,7 @@ def grow_to_adapter(base: PreTrainedModel, config: LoraConfig, weights: dict[str
     lists = indices.values() if isinstance(indices, dict) else [indices]
     needed = max((1 + max(ids) for ids in lists if ids), default=0)
     names = [
-        _name_of(base, module)
+        name_of(base, module)
         for module in (base.get_input_embeddings(), base.get_output_embeddings())
         if module is not None
     ]
@@ -272,14 +232,14 @@ def needs_vocabulary(model: PeftModel) -> bool:
     config: Any = model.peft_config[str(model.active_adapter)]
     base: Any = model.get_base_model()
     indices = config.trainable_token_indices or {}
-    rows = {_last(name): set(ids) for name, ids in indices.items()} if isinstance(indices, dict) else {}
-    held = {*rows, *(_last(name) for name in config.modules_to_save or [])}
-    embedding = _last(_name_of(base, base.get_input_embeddings()))
+    rows = {last(name): set(ids) for name, ids in indices.items()} if isinstance(indices, dict) else {}
+    held = {*rows, *(last(name) for name in config.modules_to_save or [])}
+    embedding = last(name_of(base, base.get_input_embeddings()))
     needed = {embedding}
-    if (head := _head_name(base)) is not None and not base.config.get_text_config().tie_word_embeddings:
+    if (head := head_name(base)) is not None and not base.config.get_text_config().tie_word_embeddings:
         # A mask token is never written: the head's row of a new one stays the mean that loading makes it again.
         only_read = {getattr(base.config, "mask_token_id", None)}
-        needed |= set() if rows.get(embedding, set()) <= only_read else {_last(head)}
+        needed |= set() if rows.get(embedding, set()) <= only_read else {last(head)}
     return not needed <= held and _has_grown(base)
 
 
@@ -298,7 +258,7 @@ def _token_rows(
     """Which rows of which layers are trained; an untied head has rows of its own, for tokens that are written."""
     if not ids and not input_ids:
         return {}
-    rows = {_name_of(base, base.get_input_embeddings()): sorted({*ids, *input_ids})}
+    rows = {name_of(base, base.get_input_embeddings()): sorted({*ids, *input_ids})}
     head, tied = base.get_output_embeddings(), heads_are_tied(base)
     biased = head is not None and getattr(head, "bias", None) is not None
     if biased and (ids or tied):  # PEFT's wrapper computes x W^T and drops it
@@ -307,14 +267,14 @@ def _token_rows(
                 "New tokens under an adapter need a head without a bias when it is tied; use train_mode full."
             )
         warnings.warn(
-            f"{_name_of(base, head)} has a bias, so its rows of new tokens are not trained under an adapter: the model reads the "
+            f"{name_of(base, head)} has a bias, so its rows of new tokens are not trained under an adapter: the model reads the "
             "new tokens but learns little about writing them. Add it to modules_to_save, or use train_mode full.",
             stacklevel=4,
         )
     elif head is not None and not tied:
-        rows[_name_of(base, head)] = list(ids)
-    taken = {_last(name) for name in trained_otherwise}
-    return {name: own for name, own in rows.items() if own and _last(name) not in taken}
+        rows[name_of(base, head)] = list(ids)
+    taken = {last(name) for name in trained_otherwise}
+    return {name: own for name, own in rows.items() if own and last(name) not in taken}
 
 
 def _saved_modules(base: PreTrainedModel, names: Sequence[str]) -> tuple[list[str], bool]:
@@ -323,22 +283,20 @@ def _saved_modules(base: PreTrainedModel, names: Sequence[str]) -> tuple[list[st
         if not any(full == name or full.endswith(f".{name}") for full, _ in base.named_modules()):
             raise ValueError(
                 f"modules_to_save: {name!r} matches no module. Candidates: "
-                f"{', '.join(sorted({_last(full) for full, _ in base.named_modules() if full and not _last(full).isdigit()}))}."
+                f"{', '.join(sorted({last(full) for full, _ in base.named_modules() if full and not last(full).isdigit()}))}."
             )
-    embedding, head = _last(_name_of(base, base.get_input_embeddings())), _last(_head_name(base) or "")
-    if not heads_are_tied(base) or not {embedding, head} & {_last(name) for name in names}:
+    embedding, head = last(name_of(base, base.get_input_embeddings())), last(head_name(base) or "")
+    if not heads_are_tied(base) or not {embedding, head} & {last(name) for name in names}:
         return list(names), False
     if embedding != "embed_tokens":
         raise ValueError(
             f"modules_to_save {list(names)}: {embedding} and {head} share one weight, which PEFT can train as one only where the "
             "embedding is called embed_tokens. Use train_mode full."
         )
-    return [name for name in names if _last(name) not in (embedding, head)] + [embedding], True
+    return [name for name in names if last(name) not in (embedding, head)] + [embedding], True
 
 
-def _require_room_for_adapter(
-    base: PreTrainedModel, targets: Sequence[str], excluded: Sequence[str], saved: Sequence[str]
-) -> None:
+def _require_room_for_adapter(base: PreTrainedModel, targets: Targets, saved: Sequence[str]) -> None:
     """Modules trained in full take no adapter inside them: some target must lie outside."""
     whole = [full for full, _ in base.named_modules() if any(full == s or full.endswith(f".{s}") for s in saved)]
     if lists := [full for full in whole if isinstance(base.get_submodule(full), (nn.ModuleList, nn.ModuleDict))]:
@@ -346,11 +304,42 @@ def _require_room_for_adapter(
             f"modules_to_save {list(saved)}: {lists[0]} is a list of layers, which cannot be saved as one. Name modules "
             "inside it, such as embed_tokens or a single layer, or use train_mode full."
         )
-    adapted = [full for full, _ in base.named_modules() if _last(full) in targets and full not in excluded]
+    names, excluded = targets.modules, targets.excluded
+    adapted = [full for full, _ in base.named_modules() if last(full) in names and full not in excluded]
+    adapted += [
+        full for full, _ in base.named_parameters() if any(f".{full}".endswith(f".{own}") for own in targets.parameters)
+    ]
     if all(any(full == one or full.startswith(f"{one}.") for one in whole) for full in adapted):
         raise ValueError(
             f"modules_to_save {list(saved)} holds every layer of lora_target_modules, so nothing is left for the adapter. Name "
             "fewer modules, or use train_mode full."
+        )
+
+
+def _all_transposed(base: PreTrainedModel, targets: Targets) -> bool:
+    """Whether every layer with an adapter holds its weight as [in, out], as GPT-2's do."""
+    adapted = [module for full, module in linear_layers(base) if last(full) in targets.modules]
+    return bool(adapted) and all(isinstance(module, Conv1D) for module in adapted)
+
+
+def _check_experts(targets: Targets, lora: LoraArguments) -> None:
+    """What PEFT has not for updates of parameters."""
+    for name, value in (("lora_dropout", lora.lora_dropout), ("use_dora", lora.use_dora)):
+        if targets.parameters and value:
+            raise ValueError(
+                f"lora_target_modules names {', '.join(targets.parameters)}, and {name} is {value}, which adapters on "
+                "experts have not: leave out one of the two"
+            )
+
+
+def _require_whole_experts(model: PeftModel, training: Any) -> None:
+    """The update of a 3-D parameter is added to the whole of it, outside of what an engine gathers for the layers."""
+    config: Any = model.peft_config[str(model.active_adapter)]
+    sharded = is_deepspeed_zero3_enabled() or bool(getattr(training, "fsdp", None))
+    if config.target_parameters and sharded:
+        raise ValueError(
+            f"the adapter is on experts ({', '.join(sorted(config.target_parameters))}), which ZeRO-3 and FSDP cut into pieces: "
+            "leave experts out of lora_target_modules, or use ZeRO-2"
         )
 
 
@@ -400,8 +389,8 @@ def _require_trained_rows(model: PeftModel, new_token_ids: Sequence[int]) -> Non
     config: Any = model.peft_config[str(model.active_adapter)]
     indices = config.trainable_token_indices or []
     trained = set().union(*indices.values()) if isinstance(indices, dict) else set(indices)
-    saved = {_last(name) for name in config.modules_to_save or []}
-    embedding = _last(_name_of(base, base.get_input_embeddings()))
+    saved = {last(name) for name in config.modules_to_save or []}
+    embedding = last(name_of(base, base.get_input_embeddings()))
     if (lost := sorted(set(new_token_ids) - trained)) and embedding not in saved:
         raise ValueError(
             f"The adapter trains no rows for the tokens with ids {lost[:5]}; rows cannot be added to an existing adapter. "
@@ -409,34 +398,9 @@ def _require_trained_rows(model: PeftModel, new_token_ids: Sequence[int]) -> Non
         )
 
 
-def _warn_of_experts(base: nn.Module) -> None:
-    if any(parameter.ndim == 3 and "experts" in name for name, parameter in base.named_parameters()):
-        warnings.warn(
-            "The experts of this model are 3-D parameters, which all-linear (and nf4) does not reach: they stay as they are.",
-            stacklevel=5,
-        )
-
-
-def _reentrant_checkpointing(training: Any) -> bool:
+def reentrant_checkpointing(training: Any) -> bool:
     on = getattr(training, "activation_checkpointing", False) or getattr(training, "gradient_checkpointing", False)
     settings = getattr(training, "activation_checkpointing_kwargs", None) or getattr(
         training, "gradient_checkpointing_kwargs", None
     )
     return bool(on) and bool((settings or {}).get("use_reentrant", False))
-
-
-def _linear_layers(base: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    return ((name, module) for name, module in base.named_modules() if isinstance(module, (nn.Linear, Conv1D)))
-
-
-def _head_name(base: Any) -> str | None:
-    head = base.get_output_embeddings()
-    return None if head is None else _name_of(base, head)
-
-
-def _name_of(base: nn.Module, wanted: nn.Module) -> str:
-    return next(name for name, module in base.named_modules() if module is wanted)
-
-
-def _last(name: str) -> str:
-    return name.rsplit(".", 1)[-1]

@@ -7,7 +7,7 @@ returns are zero rows of logits that keep the head in the graph.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -19,12 +19,16 @@ from hf_sft.losses import LogitTransform, ReplacedRows, RowScores, score_logits,
 from hf_sft.models.sharded import is_partitioned
 from hf_sft.models.wrappers import evaluating
 
+# [R] the weights of the scored rows, or what makes them of the rows' nll [R]: for losses that are no weighted sum of nlls,
+# d loss / d nll_i is the weight with which row i enters the gradient.
+RowWeight = Tensor | Callable[[Tensor], Tensor]
+
 
 @dataclass
 class _Request:
     rows: Tensor
     target: Tensor
-    weight: Tensor
+    weight: RowWeight
     scores: RowScores | None = None
 
 
@@ -67,9 +71,9 @@ class HeadScorer:
             self.chunked = False
 
     @contextmanager
-    def scoring(self, rows_R: Tensor, target_R: Tensor, weight_R: Tensor) -> Iterator[_Request]:
+    def scoring(self, rows_R: Tensor, target_R: Tensor, weight: RowWeight) -> Iterator[_Request]:
         """Within this context one forward of the model scores rows ``rows_R`` [R] of its flattened hidden states."""
-        self._request = _Request(rows_R, target_R, weight_R)
+        self._request = _Request(rows_R, target_R, weight)
         try:
             yield self._request
         finally:
@@ -78,7 +82,11 @@ class HeadScorer:
     def scores(self, request: _Request, logits: Tensor) -> RowScores:
         """The scores of a forward inside ``scoring``; ``logits`` is what the model returned."""
         if request.scores is None:
-            return score_logits(logits.flatten(0, -2), request.target, request.weight)
+            logits, weight = logits.flatten(0, -2), request.weight
+            if callable(weight):
+                with torch.no_grad():
+                    weight = weight(score_logits(logits, request.target, logits.new_ones(len(logits))).nll)
+            return score_logits(logits, request.target, weight)
         # Zero times nothing: keeps every part of the forward in the graph, which DDP and ZeRO wait for.
         loss = request.scores.loss + 0.0 * logits.sum()
         return RowScores(loss, request.scores.nll, request.scores.correct)
@@ -111,9 +119,16 @@ class HeadScorer:
             return (flat[None], *args[1:])
         linear, own = cast(nn.Linear, _linear(head)), self._trained_rows(head)
         bias = linear.bias if own is None else None  # PEFT's layer computes x W^T alone
-        request.scores = score_rows(
-            flat, linear.weight, bias, request.target, request.weight, self.transform, replaced=own
-        )
+        weight = request.weight
+        if callable(weight):
+            with torch.no_grad():
+                ones = torch.ones(len(flat), device=flat.device)
+                first = score_rows(flat, linear.weight, bias, request.target, ones, self.transform, replaced=own)
+            weight = weight(first.nll)
+            if not torch.is_grad_enabled():
+                request.scores = RowScores(torch.dot(first.nll, weight.to(first.nll)), first.nll, first.correct)
+                return (flat[None, :0], *args[1:])
+        request.scores = score_rows(flat, linear.weight, bias, request.target, weight, self.transform, replaced=own)
         return (flat[None, :0], *args[1:])
 
     def _trained_rows(self, head: nn.Module) -> ReplacedRows | None:

@@ -28,7 +28,13 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from hf_sft.arguments import LoraArguments, ModelArguments
 from hf_sft.checks import check_lora, check_model
 from hf_sft.locks import one_of
-from hf_sft.models.quantization import keep_trainable_on_cpu, quantization_config, quantized_device
+from hf_sft.models.families import ensure_pad_token
+from hf_sft.models.quantization import (
+    keep_trainable_on_cpu,
+    quantization_config,
+    quantized_device,
+    tell_unquantized,
+)
 from hf_sft.models.sharded import without_partitioning
 from hf_sft.models.vocabulary import add_special_tokens, resize_embeddings
 from hf_sft.models.wedlm import MODEL_TYPE
@@ -38,8 +44,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Tokens that vocabularies hold for padding and that no text contains.
-_PAD_NAMES = ("<pad>", "[PAD]", "<|pad|>", "<|padding|>", "<|finetune_right_pad_id|>", "<|endoftext|>", "<unk>")
 _TOKENIZER_PATTERNS = ("tokenizer*", "vocab.*", "*.model", "*.tiktoken", "tekken.json")
 _WEIGHT_PATTERNS = ("*.safetensors", "*.bin", "*.safetensors.index.json")
 
@@ -77,7 +81,7 @@ def load_tokenizer(model: ModelArguments, *, chat_template: str | None = None) -
     if not tokenizer.is_fast or len(tokenizer) == 0:
         raise ValueError(f"{name!r} gives no fast tokenizer with a vocabulary; a tokenizer.json is needed.")
     add_special_tokens(tokenizer, model.new_special_tokens)
-    _ensure_pad_token(tokenizer, name)
+    ensure_pad_token(tokenizer, name)
     tokenizer.padding_side = "right"
     if chat_template is not None:
         tokenizer.chat_template = chat_template
@@ -272,6 +276,7 @@ def _load_weights(model: ModelArguments, dtype: torch.dtype, training: Any) -> P
     _check_complete(name, info)
     loaded.train()  # as from_config; Trainer sets it for each phase
     if model.train_mode == "qlora":
+        tell_unquantized(loaded, str(quantization_kind(model)))
         if quantization_kind(model) == "nf4":
             keep_trainable_on_cpu(loaded)
         loaded.requires_grad_(False)
@@ -374,19 +379,6 @@ def _require_weights(name: str) -> None:
         raise ValueError(
             f"{name!r} holds a config.json but no weights; to train from scratch, set config_name_or_path to it."
         )
-
-
-def _ensure_pad_token(tokenizer: PreTrainedTokenizerFast, name: str) -> None:
-    """Batches need some pad id; which one does not matter to the loss, as nothing is masked by value."""
-    if tokenizer.pad_token_id is not None:
-        return
-    vocabulary = tokenizer.get_vocab()
-    used = {tokenizer.eos_token, tokenizer.bos_token}
-    pad = next((token for token in _PAD_NAMES if token in vocabulary and token not in used), tokenizer.eos_token)
-    if pad is None:
-        raise ValueError(f"The tokenizer of {name!r} has neither a pad nor an end-of-sequence token; give it one.")
-    tokenizer.pad_token = pad
-    logger.info("The tokenizer has no pad token; %r is used.", pad)
 
 
 def _overrides(value: dict | str | None) -> dict[str, Any]:

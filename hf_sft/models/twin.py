@@ -23,7 +23,9 @@ def random_twin(base: PreTrainedModel, device: torch.device) -> PreTrainedModel:
     kinds = list(getattr(text, "layer_types", None) or [])
     layers = min(text.num_hidden_layers, max([2, *(kinds.index(kind) + 1 for kind in set(kinds))]))
     text.num_hidden_layers = layers
-    if kinds:
+    if kinds and not isinstance(
+        getattr(type(text), "layer_types", None), property
+    ):  # Mamba derives them from the count
         text.layer_types = kinds[:layers]
     text.vocab_size = min(text.vocab_size, _VOCABULARY)
     text.pad_token_id = text.bos_token_id = text.eos_token_id = None

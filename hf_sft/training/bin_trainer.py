@@ -69,7 +69,7 @@ class BinTrainer(Trainer):
         rules = self.objective.row_rules(evaluation=evaluation)
         rows = rows_from_examples(dataset, tokenizer, data=self.data_args, rules=rules, seed=self._seed)
         packed = self.layout.backend is not None and not (evaluation and self.collects_logits)
-        bins = Bins(rows, self.data_args.max_seq_length if packed else None)
+        bins = Bins(rows, self.data_args.bin_capacity if packed else None, self.objective.columns)
         if bins.largest_id >= self.embedding_rows:
             raise ValueError(
                 f"the data holds token id {bins.largest_id}, and the model has {self.embedding_rows} embedding rows: "
@@ -90,7 +90,7 @@ class BinTrainer(Trainer):
         if not isinstance(dataset, LiveRecords):
             rules = self.objective.row_rules(evaluation=False)
             dataset = LiveRecords.of_examples(dataset, tokenizer, data=data, rules=rules, seed=self._seed)
-        capacity = data.max_seq_length if self.layout.backend is not None else None
+        capacity = data.bin_capacity if self.layout.backend is not None else None
         return (StreamBins if data.streaming else LazyBins)(dataset, capacity, self.embedding_rows)
 
     def _loader(
@@ -181,10 +181,11 @@ class BinTrainer(Trainer):
         return super()._prepare_input(data)
 
     def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> Tensor | None:
-        """[K] N per kind: summed over the micro-batches on the host, then over ranks."""
+        """[K + 1] N per kind, and the number of micro-batches with tokens: summed on the host, then over ranks."""
         if not batch_samples:
             return None
         items: Tensor = sum(batch["num_items"] for batch in batch_samples)
+        items = torch.cat([items, items.new_tensor([sum(batch["num_tokens"] > 0 for batch in batch_samples)])])
         items = items.to(device, sum_dtype(device))
         return self.accelerator.reduce(items, "sum") if self.args.world_size > 1 else items
 

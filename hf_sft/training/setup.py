@@ -22,6 +22,7 @@ from hf_sft.checks import check_task, check_values, check_wedlm
 from hf_sft.data.chat import end_of_turn_id
 from hf_sft.data.templates import resolve_template
 from hf_sft.models.adapters import with_input_row
+from hf_sft.models.families import end_tokens
 from hf_sft.models.head import HeadScorer
 from hf_sft.models.loading import check_max_seq_length, load_model, load_tokenizer
 from hf_sft.models.mask_token import record_mask_token, resolve_mask_token
@@ -48,7 +49,7 @@ _ELSEWHERE = {
 
 def check_options(options: dict[str, Any]) -> None:
     """Refuse keywords that ``Trainer`` does not take, or that would be ignored."""
-    known = set(inspect.signature(Trainer.__init__).parameters) - {"compute_loss_func"}
+    known = set(inspect.signature(Trainer.__init__).parameters) - {"compute_loss_func"} | {"freeze", "thaw_at_step"}
     for name, value in options.items():
         if name not in known or (name == "compute_loss_func" and value is not None):
             instead = (
@@ -110,10 +111,7 @@ def prepare_model(model: nn.Module, peft_config: Any, args: Any, mask_token_id: 
         embedding.padding_idx = (
             None  # it would keep the end of turn from learning where pad is eos; padding is never scored
         )
-    if getattr(base, "quantization_method", None) is not None:
-        keep_trainable_on_cpu(base)
-    elif getattr(base, "hf_device_map", None) is None and not _placed_by_engine(base, args):
-        model.to(args.device)
+    place_model(model, args)
     low = {p.dtype for p in model.parameters() if p.requires_grad} & {torch.bfloat16, torch.float16}
     if low:
         warnings.warn(
@@ -123,6 +121,15 @@ def prepare_model(model: nn.Module, peft_config: Any, args: Any, mask_token_id: 
             stacklevel=3,
         )
     return model
+
+
+def place_model(model: nn.Module, args: Any) -> None:
+    """Bring the model to its device, if it is not there and no engine does it."""
+    base = base_model(model)
+    if getattr(base, "quantization_method", None) is not None:
+        keep_trainable_on_cpu(base)
+    elif getattr(base, "hf_device_map", None) is None and not _placed_by_engine(base, args):
+        model.to(args.device)
 
 
 def _placed_by_engine(base: PreTrainedModel, args: Any) -> bool:
@@ -180,14 +187,23 @@ def _measure_twin(
     return Choice(chosen, f"{reason}, on a random twin")
 
 
-def prepare_data_arguments(data: DataArguments | None, model: nn.Module) -> DataArguments:
-    """The user's, checked against the model's positions; by default as long as the model allows, up to 2,048 tokens."""
+def prepare_data_arguments(data: DataArguments | None, model: nn.Module, tasks: tuple[str, ...]) -> DataArguments:
+    """The user's, checked against the model's positions; by default as long as the model allows, up to 2,048 tokens.
+
+    Args:
+        tasks: values of ``task_type`` that the trainer is for, its default first.
+    """
     if data is None:
         limit = getattr(base_model(model).config.get_text_config(), "max_position_embeddings", None)
-        default = DataArguments()
+        default = DataArguments(task_type=cast(Any, tasks[0]))
         data = replace(default, max_seq_length=min(default.max_seq_length, limit or default.max_seq_length))
     if found := [*check_values(data)]:
         raise ValueError("; ".join(found))
+    if data.task_type not in tasks:
+        raise ValueError(
+            f"data_args.task_type is {data.task_type!r}, and this trainer is for {' and '.join(tasks)}: DPOTrainer learns from "
+            "preferences (dpo), SFTTrainer from conversations and texts"
+        )
     check_max_seq_length(base_model(model), data.max_seq_length)
     return data
 
@@ -248,6 +264,5 @@ def prepare_tokenizer(tokenizer: Any, model: nn.Module, data: DataArguments) -> 
     token = None if getattr(tokenizer, "chat_template", None) is None else end_of_turn_id(tokenizer)
     config = base_model(model).generation_config
     if token is not None and config is not None:
-        known = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-        config.eos_token_id = list(dict.fromkeys([token, *(eos for eos in known if eos is not None)]))
+        config.eos_token_id = end_tokens(config, token)
     return tokenizer

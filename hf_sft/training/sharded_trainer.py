@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 from hf_sft.models.adapters import needs_vocabulary
 from hf_sft.models.sharded import gather_state, set_whole, set_zero_state, sharded_like, whole, whole_shape, whole_state
 from hf_sft.tensor_files import header_bytes, raw
-from hf_sft.training.bin_trainer import BinTrainer
+from hf_sft.training.thawing import ThawingTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ def check_engine_of(checkpoint: str | os.PathLike[str], args: Any) -> None:
         raise ValueError(f"{checkpoint} was written without DeepSpeed and FSDP: resume it without them")
 
 
-class ShardedTrainer(BinTrainer):
+class ShardedTrainer(ThawingTrainer):
     """What differs under a sharding engine; without one, everything is the parent's."""
 
     _begun = False  # whether the engine holds the weights
@@ -100,6 +100,7 @@ class ShardedTrainer(BinTrainer):
             return gather_state(model, lambda name: True, keep=self.args.should_save)
         parameters = dict(model.named_parameters(remove_duplicate=False))  # tied ones are saved by both names
         trained = {name for name, parameter in parameters.items() if parameter.requires_grad}
+        trained |= {name for name in parameters if name.removeprefix("base_model.model.") in self._frozen}
         if needs_vocabulary(model):
             matrices = [model.get_input_embeddings(), model.get_output_embeddings()]
             held = {id(matrix.weight) for matrix in matrices if matrix is not None}

@@ -30,11 +30,14 @@ from hf_sft.checkpoints import verify_adapter, verify_weights
 from hf_sft.collators import CONTRACT_KEYS, Batch
 from hf_sft.data.chat import IGNORE
 from hf_sft.losses import RowScores, score_logits
-from hf_sft.metrics import TokenSums, TokenTotals, sum_dtype
+from hf_sft.metrics import TokenSums, sum_dtype
 from hf_sft.models.adapters import save_adapter
-from hf_sft.models.head import HeadScorer
+from hf_sft.models.families import router_loss_coefficient
+from hf_sft.models.head import HeadScorer, RowWeight
+from hf_sft.models.routers import RouterRecorder
 from hf_sft.models.sharded import whole_numel
 from hf_sft.models.wrappers import base_model
+from hf_sft.objectives import Objective
 from hf_sft.training.checkpoint_trainer import CheckpointTrainer
 from hf_sft.training.setup import (
     check_arguments,
@@ -64,7 +67,10 @@ class SFTTrainer(CheckpointTrainer):
         processing_class: the tokenizer; loaded with the model if that is given by name.
         peft_config: a PEFT config to wrap the model with.
         attention_backend: ``auto`` or the name of a backend for packed documents.
+        router_aux_loss_coef: weight of the load-balancing loss of a mixture of experts; by default the config's.
         data_collator: replaces ours; must return ``input_ids`` and ``labels`` of the same shape (one document per row).
+        freeze, thaw_at_step: patterns for names of weights that are not trained, or not before that step; see
+            ``ThawingTrainer``.
         compute_metrics, callbacks, optimizers, ...: as in ``Trainer``. With ``compute_metrics`` evaluation runs on padded
             batches and collects logits.
 
@@ -72,6 +78,8 @@ class SFTTrainer(CheckpointTrainer):
         ValueError: on arguments that cannot be honoured, data that cannot be learned from, a model that cannot be packed
             although that was asked for.
     """
+
+    _tasks: tuple[str, ...] = ("sft", "pretrain")
 
     def __init__(
         self,
@@ -86,6 +94,7 @@ class SFTTrainer(CheckpointTrainer):
         wedlm_args: WeDLMArguments | None = None,
         peft_config: Any = None,
         attention_backend: str = "auto",
+        router_aux_loss_coef: float | None = None,
         callbacks: list[TrainerCallback] | None = None,
         **trainer_options: Any,
     ) -> None:
@@ -95,25 +104,25 @@ class SFTTrainer(CheckpointTrainer):
         packing = False if data_collator is not None else packing  # ordinary collators make one row per document
         check_arguments(args, packing)
         model, processing_class = load_named_model(model, processing_class, args)
-        self.data_args = prepare_data_arguments(data_args, model)
+        self.data_args = prepare_data_arguments(data_args, model, self._tasks)
         if data_collator is not None and self.data_args.objective != "causal":
             raise ValueError(
                 "a data_collator replaces ours, which makes the batches of objective wedlm: leave one of them out"
             )
-        self.objective = prepare_objective(
-            self.data_args, wedlm_args, attention_backend, model, processing_class, args.seed
-        )
+        self.objective = self._make_objective(wedlm_args, attention_backend, model, processing_class, args.seed)
         model = prepare_model(model, peft_config, args, self.objective.mask_token_id)
         processing_class = prepare_tokenizer(processing_class, model, self.data_args)
 
         self.scorer = HeadScorer(model)
+        self.routers = RouterRecorder(model)
+        self.router_loss_coefficient = router_loss_coefficient(base_model(model).config, router_aux_loss_coef)
         self.layout = measure_layout(model, self.scorer, args, attention_backend, packing, self.objective.mask_token_id)
         logger.info("documents are laid out %s (%s)", self.layout.name, self.layout.reason)
 
         self.collects_logits = trainer_options.get("compute_metrics") is not None and not args.prediction_loss_only
         self.user_collator = data_collator
         self._read_model(model, processing_class, args)
-        self._train_sums = self._eval_sums = TokenSums(args.device, self.objective.kinds)
+        self._train_sums = self._eval_sums = self._new_sums(args.device)
         self._clock, self._logs_step = time.perf_counter(), False
         train = None if train_dataset is None else self._bins(train_dataset, processing_class)
         if isinstance(eval_dataset, dict):
@@ -135,6 +144,9 @@ class SFTTrainer(CheckpointTrainer):
         if self.compute_metrics is not None:
             self.compute_metrics = _on_documents(self.compute_metrics, self)
 
+    def _make_objective(self, wedlm_args: WeDLMArguments | None, *how: Any) -> Objective:
+        return prepare_objective(self.data_args, wedlm_args, *how)
+
     # ---- loss ----
 
     def compute_loss(  # type: ignore[override]  # N is one number per kind
@@ -152,18 +164,47 @@ class SFTTrainer(CheckpointTrainer):
             num_items_in_batch: [K] N per kind, of the whole step; by default this batch's own.
         """
         # 1. weight_i * c_kind / N_kind for every row; a kind that nothing asks for counts zero.
-        items = inputs["num_items"] if num_items_in_batch is None else num_items_in_batch
+        items, micro_batches = self._items(inputs, num_items_in_batch)
         share = torch.where(items > 0, self._kind_coefficients[: len(items)] / items.clamp_min(1e-9), 0.0).float()
         kind_R, weight_R = inputs["target_kind"], inputs["target_weight"]
         # 2. one forward of the whole model; its head scores the rows and returns none.
-        with self.scorer.scoring(inputs["logits_to_keep"], inputs["target_ids"], weight_R * share[kind_R]) as request:
-            outputs = model(**self._model_inputs(inputs))
-        scores = self.scorer.scores(request, outputs.logits)
+        outputs, scores, router_loss = self._score(model, inputs, weight_R * share[kind_R])
         # 3. sums for the log, without waiting for the device.
         self._add_scores(model, inputs, scores)
         # 4. engines average gradients over ranks, and N is already global.
-        loss = scores.loss * (self.args.world_size if num_items_in_batch is not None else 1)
+        loss = scores.loss + router_loss / micro_batches
+        loss = loss * (self.args.world_size if num_items_in_batch is not None else 1)
         return (loss, outputs) if return_outputs else loss
+
+    def _items(self, inputs: Batch, num_items_in_batch: Tensor | None) -> tuple[Tensor, Tensor | float]:
+        """N per kind [K] and the number of micro-batches: of the whole step, or of this batch alone."""
+        if num_items_in_batch is None:
+            return inputs["num_items"], 1.0
+        return num_items_in_batch[:-1], num_items_in_batch[-1].clamp_min(1)
+
+    def _score(self, model: nn.Module, inputs: Batch, weight: RowWeight) -> tuple[Any, RowScores, Tensor | float]:
+        """One forward of the whole model: its outputs, the scores of the rows, and the weighted router loss."""
+        with (
+            self.scorer.scoring(inputs["logits_to_keep"], inputs["target_ids"], weight) as request,
+            self.routers.recording() as routed,
+        ):
+            outputs = model(**self._model_inputs(inputs))
+        return outputs, self.scorer.scores(request, outputs.logits), self._router_loss(model, inputs, routed)
+
+    def _router_loss(self, model: nn.Module, inputs: Batch, routed: list[Tensor]) -> Tensor | float:
+        """The load-balancing loss of this forward, weighted; it counts in training alone."""
+        if not routed or not self.router_loss_coefficient or not model.training:
+            return 0.0
+        if torch.is_grad_enabled() and not any(logits.requires_grad for logits in routed):
+            raise ValueError(
+                "the router loss has no gradient here (activation checkpointing with use_reentrant true runs the layers without "
+                'one): set activation_checkpointing_kwargs to {"use_reentrant": false}, or router_aux_loss_coef to 0'
+            )
+        loss = self.routers.loss(routed, inputs["attention_mask"] if "doc_ids" not in inputs else None)
+        if not inputs["num_tokens"]:  # what fills up a step has nothing to say of balance
+            return 0.0 * loss
+        (self._train_sums if model.training else self._eval_sums).add_router_loss(loss)
+        return self.router_loss_coefficient * loss
 
     @cached_property
     def _kind_coefficients(self) -> Tensor:  # on the device once: a copy from the host would wait in every micro-batch
@@ -237,16 +278,20 @@ class SFTTrainer(CheckpointTrainer):
 
     def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """``Trainer.evaluation_loop`` with sums over all tokens divided once, instead of a mean of batch means."""
-        self._eval_sums = TokenSums(self.args.device, self.objective.kinds)
+        self._eval_sums = self._new_sums(self.args.device)
         self._eval_documents = self.num_examples(dataloader)
         output = super().evaluation_loop(dataloader, description, *args, **kwargs)
-        totals = TokenSums.totals(self._reduced(self._eval_sums))
+        totals = self._eval_sums.totals(self._reduced(self._eval_sums))
         prefix = kwargs.get("metric_key_prefix", "eval")
         metrics = cast(dict[str, float], output.metrics)
         metrics.update({f"{prefix}_{name}": value for name, value in self.objective.metrics(totals).items()})
         return output._replace(num_samples=self._eval_documents)
 
-    def _reduced(self, sums: TokenSums) -> Tensor:
+    def _new_sums(self, device: torch.device) -> Any:
+        """What the scores of batches are added up in: ``TokenSums``, or what has its methods."""
+        return TokenSums(device, self.objective.kinds)
+
+    def _reduced(self, sums: Any) -> Tensor:
         state = sums.state()
         return self.accelerator.reduce(state, "sum") if self.args.world_size > 1 else state
 
@@ -254,7 +299,7 @@ class SFTTrainer(CheckpointTrainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """``Trainer.train``; True or ``auto`` resumes from the newest complete checkpoint, if there is one."""
-        self._train_sums, self._clock = TokenSums(self.args.device, self.objective.kinds), time.perf_counter()
+        self._train_sums, self._clock = self._new_sums(self.args.device), time.perf_counter()
         self._run_state = self._train_sums.state()
         output = super().train(resume_from_checkpoint, *args, **kwargs)
         return output._replace(training_loss=output.metrics["train_loss"])
@@ -276,20 +321,21 @@ class SFTTrainer(CheckpointTrainer):
             totals = self._drain()
             logs["loss"] = totals.loss(self.objective.coefficients)
             logs.update(self.objective.log(totals))
+            logs.update({} if totals.router_loss is None else {"router_loss": totals.router_loss})
             logs["tokens_per_second"] = totals.tokens / (time.perf_counter() - self._clock)
             self._clock = time.perf_counter()
         elif "train_loss" in logs and "train_runtime" in logs:
             self._drain()
             logs.pop("train_samples_per_second", None)  # Trainer counts bins there
-            logs["train_loss"] = TokenSums.totals(self._run_state).loss(self.objective.coefficients)
+            logs["train_loss"] = self._train_sums.totals(self._run_state).loss(self.objective.coefficients)
         super().log(logs, start_time)
 
-    def _drain(self) -> TokenTotals:
+    def _drain(self) -> Any:
         """The sums since the last call, over all ranks; they go into those of the whole run."""
         state = self._reduced(self._train_sums)
         self._run_state = self._run_state + state
-        self._train_sums = TokenSums(self.args.device, self.objective.kinds)
-        return TokenSums.totals(state)
+        self._train_sums = self._new_sums(self.args.device)
+        return self._train_sums.totals(state)
 
     def _counters(self) -> dict[str, list[float]]:
         return {"window": self._reduced(self._train_sums).tolist(), "run": self._run_state.tolist()}
