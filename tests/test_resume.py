@@ -112,13 +112,14 @@ def test_a_finished_run_is_not_trained_further(tmp_path, limit: str) -> None:
     runs.train({**values, "resume_from_checkpoint": "auto"})
     assert contents(out) == before
 
-    # Killed after the last checkpoint and before the results: they are made from it.
+    # Killed after the last checkpoint and in the results, one of them cut off: they are made from it.
     shutil.copytree(out / "checkpoint-8", tmp_path / "killed" / "checkpoint-8")
+    (tmp_path / "killed" / "all_results.json").write_text("")
     shutil.copy(out / "args.json", tmp_path / "killed")
     finished = runs.train({**values, "output_dir": str(tmp_path / "killed"), "resume_from_checkpoint": "auto"})
     assert (finished / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
     losses = [json.loads((folder / "eval_results.json").read_text())["eval_loss"] for folder in (out, finished)]
-    assert losses[0] == losses[1]
+    assert losses[0] == losses[1] == json.loads((finished / "all_results.json").read_text())["eval_loss"]
     assert json.loads((finished / "trainer_state.json").read_text())["global_step"] == 8
 
 

@@ -6,6 +6,7 @@ processes write, none goes on before all have: what one raises, all raise. SIGTE
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import shutil
@@ -35,6 +36,7 @@ from hf_sft.checkpoints.writing import (
     set_aside,
 )
 from hf_sft.data.bins import Bins, BinSampler
+from hf_sft.data.cache import write_file
 from hf_sft.training.preemption import Preempted, Preemption
 from hf_sft.training.resuming_trainer import ResumingTrainer, find_checkpoint
 from hf_sft.training.together import ElsewhereError, gathered, raised_together
@@ -234,6 +236,24 @@ class CheckpointTrainer(ResumingTrainer):
             self.state.best_model_checkpoint = str(there[f"checkpoint-{min(measured)[1]}"])
 
     # ---- the result ----
+
+    def save_metrics(self, split: str, metrics: dict[str, float], combined: bool = True) -> None:
+        """``Trainer.save_metrics``: ``SPLIT_results.json`` and, with ``combined``, ``all_results.json``, each written at once.
+
+        An ``all_results.json`` that a kill has cut off begins anew.
+        """
+        if not self.is_world_process_zero():
+            return
+        folder = Path(str(self.args.output_dir))
+        files = {f"{split}_results.json": metrics}
+        if combined:
+            try:
+                known = json.loads((folder / "all_results.json").read_text(encoding="utf-8"))
+            except (OSError, ValueError):
+                known = {}
+            files["all_results.json"] = {**known, **metrics}
+        for name, values in files.items():
+            write_file(folder / name, json.dumps(values, indent=4, sort_keys=True))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As ``Trainer``, but written beside, verified and moved in file by file.
