@@ -90,16 +90,18 @@ def check_model(model: ModelArguments, given: set[str]) -> Iterator[str]:
         )
 
 
+def _elsewhere(group: type, given: set[str], where: str) -> Iterator[str]:
+    """The arguments of ``group`` that were given, and belong to something that was not asked for."""
+    if named := [entry.name for entry in fields(group) if entry.name in given]:
+        yield f"{', '.join(named)} {'belongs' if len(named) == 1 else 'belong'} to {where}, or leave them out"
+
+
 def check_lora(lora: LoraArguments, train_mode: str, given: set[str]) -> Iterator[str]:
     own = [entry.name for entry in fields(LoraArguments)]
     if train_mode == "full":
-        named = [name for name in own if name in given]
-        if named:
-            verb = "belongs" if len(named) == 1 else "belong"
-            yield (
-                f"{', '.join(named)} {verb} to an adapter, and train_mode is full: "
-                "set train_mode to lora or qlora, or leave them out"
-            )
+        yield from _elsewhere(
+            LoraArguments, given, "an adapter, and train_mode is full: set train_mode to lora or qlora"
+        )
         return
     if lora.lora_rank < 1:
         yield f"lora_rank is {lora.lora_rank}: a rank is at least 1"
@@ -234,12 +236,8 @@ def check_task(data: DataArguments, given: set[str]) -> Iterator[str]:
 
 def check_wedlm(wedlm: WeDLMArguments, data: DataArguments, backend: str, given: set[str]) -> Iterator[str]:
     if data.objective != "wedlm":
-        if named := [entry.name for entry in fields(WeDLMArguments) if entry.name in given]:
-            verb = "belongs" if len(named) == 1 else "belong"
-            yield (
-                f"{', '.join(named)} {verb} to objective wedlm, and objective is {data.objective}: "
-                "set objective to wedlm, or leave them out"
-            )
+        where = f"objective wedlm, and objective is {data.objective}: set objective to wedlm"
+        yield from _elsewhere(WeDLMArguments, given, where)
         return
     if not 1 <= wedlm.block_size <= data.max_seq_length:
         yield (
@@ -266,12 +264,8 @@ def check_wedlm(wedlm: WeDLMArguments, data: DataArguments, backend: str, given:
 
 def check_dpo(dpo: DPOArguments, data: DataArguments, given: set[str], train_mode: str | None = None) -> Iterator[str]:
     if data.task_type != "dpo":
-        if named := [entry.name for entry in fields(DPOArguments) if entry.name in given]:
-            verb = "belongs" if len(named) == 1 else "belong"
-            yield (
-                f"{', '.join(named)} {verb} to task_type dpo, and task_type is {data.task_type}: set task_type to dpo, or leave "
-                "them out"
-            )
+        where = f"task_type dpo, and task_type is {data.task_type}: set task_type to dpo"
+        yield from _elsewhere(DPOArguments, given, where)
         return
     loss = dpo.dpo_loss_type
     if data.objective != "causal":

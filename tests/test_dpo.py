@@ -12,13 +12,12 @@ import pytest
 import runs
 import tiny
 import torch
-from test_trainer import assert_same_run, logged
+from test_trainer import OF_TRAINER, arguments, assert_same_run, logged
 
 from hf_sft.arguments import DataArguments, DPOArguments
 from hf_sft.collators import PairCollator
 from hf_sft.preference_losses import PairLoss
 from hf_sft.training.dpo import DPOTrainer
-from hf_sft.training_arguments import TrainingArguments
 
 DATA = DataArguments(task_type="dpo", max_seq_length=64)
 LOSSES = {
@@ -45,24 +44,10 @@ def token_pairs(count: int, seed: int = 0) -> list[dict]:
 
 
 def make_trainer(folder, model=None, train=24, evaluation=None, data=DATA, dpo=None, **options) -> DPOTrainer:
-    names = {
-        "model",
-        "ref_model",
-        "attention_backend",
-        "router_aux_loss_coef",
-        "peft_config",
-        "processing_class",
-        "callbacks",
-        "compute_metrics",
-    }
-    of_trainer = {name: options.pop(name) for name in list(options) if name in names}
-    defaults = dict(
-        output_dir=str(folder), max_steps=6, learning_rate=1e-2, per_device_train_batch_size=4, logging_steps=1, use_cpu=True,
-        save_strategy="no", disable_tqdm=True, seed=5,
-    )  # fmt: skip
+    of_trainer = {name: options.pop(name) for name in list(options) if name in {*OF_TRAINER, "ref_model"}}
     train = token_pairs(train) if isinstance(train, int) else train
     model = exact() if model is None else model
-    args = TrainingArguments(**{**defaults, **options})
+    args = arguments(folder, **{"max_steps": 6, **options})
     return DPOTrainer(
         model, args, train_dataset=train, eval_dataset=evaluation, data_args=data, dpo_args=dpo and DPOArguments(**dpo),
         **of_trainer,

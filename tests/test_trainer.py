@@ -34,26 +34,32 @@ def token_rows(count: int, seed: int = 0) -> list[dict]:
     return rows
 
 
-def make_trainer(folder, model=None, data: DataArguments = DATA, train=40, evaluation=None, **options) -> SFTTrainer:
-    names = {
-        "model",
-        "data_collator",
-        "attention_backend",
-        "router_aux_loss_coef",
-        "compute_metrics",
-        "callbacks",
-        "peft_config",
-        "processing_class",
-    }
-    trainer_options = {key: options.pop(key) for key in list(options) if key in names}
+OF_TRAINER = {  # keywords of the trainer; others are training arguments
+    "model", "data_collator", "attention_backend", "router_aux_loss_coef", "compute_metrics", "callbacks", "peft_config",
+    "processing_class",
+}  # fmt: skip
+
+
+def arguments(folder, **options) -> TrainingArguments:
     defaults = dict(
         output_dir=str(folder), max_steps=20, learning_rate=1e-2, per_device_train_batch_size=4, logging_steps=1, use_cpu=True,
         save_strategy="no", disable_tqdm=True, seed=5,
     )  # fmt: skip
+    return TrainingArguments(**{**defaults, **options})
+
+
+def make_trainer(folder, model=None, data: DataArguments = DATA, train=40, evaluation=None, **options) -> SFTTrainer:
+    trainer_options = {key: options.pop(key) for key in list(options) if key in OF_TRAINER}
     train = token_rows(train) if isinstance(train, int) else train
     model = tiny.tiny_model() if model is None else model
-    args = TrainingArguments(**{**defaults, **options})
-    return SFTTrainer(model, args, train_dataset=train, eval_dataset=evaluation, data_args=data, **trainer_options)
+    return SFTTrainer(
+        model,
+        arguments(folder, **options),
+        train_dataset=train,
+        eval_dataset=evaluation,
+        data_args=data,
+        **trainer_options,
+    )
 
 
 def logged(trainer: SFTTrainer, key: str = "loss") -> list[float]:
