@@ -16,6 +16,26 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import tiny
 
+# Files that take minutes begin first, so that no core is left with one of them at the end.
+LONGEST = (
+    "wedlm_example",
+    "engines",
+    "dpo",
+    "launchers",
+    "resume",
+    "ranks",
+    "kill",
+    "families",
+    "freezing",
+    "ready_files",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The order of files; that of tests in a file stays."""
+    places = {f"test_{name}": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
+
 
 @pytest.fixture
 def shared_data() -> Path:

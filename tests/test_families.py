@@ -68,12 +68,19 @@ def load(folder: str, mode: str, *targets: str) -> Any:
     torch.manual_seed(0)
     named = ModelArguments(model_name_or_path=folder, train_mode=mode, dtype="float32")  # type: ignore[arg-type]
     model = load_model(named, LoraArguments(lora_rank=4, lora_target_modules=list(targets or ["all-linear"])))
+    keep_soft_caps(model)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if ".lora_B" in name:
                 parameter.normal_(std=0.1, generator=generator)
     return model
+
+
+def keep_soft_caps(model: Any) -> None:
+    """transformers before 5.21 drops them under sdpa."""
+    if getattr(base_model(model).config, "attn_logit_softcapping", None):
+        base_model(model).set_attn_implementation("eager")
 
 
 def plain_model(folder: str, mode: str, *targets: str) -> Any:
@@ -159,6 +166,7 @@ def one_step(trainer: SFTTrainer) -> Step:
 
 @torch.no_grad()
 def logits(model: Any) -> torch.Tensor:
+    keep_soft_caps(model)
     return model.eval()(input_ids=IDS, use_cache=False).logits
 
 
