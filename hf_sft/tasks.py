@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from hf_sft.arguments import ModelArguments
 from hf_sft.checks import evaluation_wanted
 from hf_sft.data.bins import Bins
 from hf_sft.data.live import LiveRecords
@@ -105,10 +106,10 @@ def build_trainer(
     """
     own: dict[str, Any] = {"wedlm_args": replace(arguments.wedlm, mask_token_id=mask_token_id)}
     if arguments.data.task_type == "dpo":
-        named = arguments.dpo.reference_model_name_or_path
-        if arguments.dpo.dpo_reference == "model":
-            named = named or arguments.model.model_name_or_path
-        own = {"dpo_args": arguments.dpo, "ref_model": named}
+        own = {
+            "dpo_args": replace(arguments.dpo, reference_model_name_or_path=None),
+            "ref_model": _reference(arguments),
+        }
     return TRAINERS[arguments.data.task_type](
         model,
         arguments.training,
@@ -121,6 +122,20 @@ def build_trainer(
         freeze=arguments.model.freeze,
         thaw_at_step=arguments.model.thaw_at_step,
         **own,
+    )
+
+
+def _reference(arguments: Arguments) -> ModelArguments | None:
+    """The second model that preferences are measured against, if one is asked for: another, or the policy's own base."""
+    model, named = arguments.model, arguments.dpo.reference_model_name_or_path
+    if named is not None:
+        return ModelArguments(model_name_or_path=named, trust_remote_code=model.trust_remote_code)
+    if arguments.dpo.dpo_reference != "model":
+        return None
+    return ModelArguments(
+        model_name_or_path=model.model_name_or_path,
+        model_revision=model.model_revision,
+        trust_remote_code=model.trust_remote_code,
     )
 
 

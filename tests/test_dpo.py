@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -239,13 +240,40 @@ def test_a_head_of_the_adapters_own_is_compared_with_the_base(tmp_path) -> None:
         assert_same_run(got, want, tolerance=1e-9)
 
 
-def test_dropout_is_off_in_the_reference(tmp_path) -> None:
-    """With the adapter off and dropout in the policy the first step's margin is all the policy's."""
-    trainer = trained(tmp_path, peft_config=lora(lora_dropout=0.5), max_steps=2)
-    batch = PairCollator(True, 0)([trainer.train_dataset[0, 0]])
+@pytest.mark.parametrize("kind", ["adapter_off", "model", "precomputed"])
+def test_dropout_is_off_in_the_reference(tmp_path, kind) -> None:
+    """The base has dropout, and so has the policy while it learns."""
+    model = exact("gpt2", attn_pdrop=0.3, resid_pdrop=0.3, embd_pdrop=0.3)
+    with_reference = {"ref_model": copy.deepcopy(model).train()} if kind == "model" else {}
+    trainer = make_trainer(tmp_path, model=model, peft_config=lora(), dpo={"dpo_reference": kind}, **with_reference)
+    if kind == "precomputed":
+        computed(trainer)
     trainer.model.train()
+    batch = PairCollator(trainer.layout.backend is not None, 0)([trainer.train_dataset[0, 0]])
     both = [trainer.reference.logps(trainer.model, batch) for _ in range(2)]
     assert torch.equal(*both) and trainer.model.training
+    quiet = exact("gpt2")
+    want = -plain_loss(quiet, quiet, token_pairs(24)[:1], DPOArguments(dpo_sft_weight=1.0)) + np.log(2)
+    row = next(n for n, members in enumerate(trainer.train_dataset.bins) if 0 in members)
+    place = trainer.train_dataset.bins[row].index(0)
+    batch = PairCollator(trainer.layout.backend is not None, 0)([[trainer.train_dataset[0, row][place]]])
+    got = trainer.reference.logps(trainer.model, batch)[0] / len(token_pairs(24)[0]["chosen_ids"])
+    torch.testing.assert_close(got.double(), want.detach(), rtol=1e-6, atol=0)
+
+
+def test_a_head_that_is_not_scored_in_chunks(tmp_path) -> None:
+    """Its logits are whole for the scored rows: the same loss and gradients."""
+    found = []
+    for chunked in (True, False):
+        trainer = make_trainer(
+            tmp_path, model=exact(seed=1), ref_model=exact(seed=2), train=5, dpo={"dpo_sft_weight": 0.7}
+        )
+        assert trainer.scorer.chunked
+        trainer.scorer.chunked = chunked
+        loss = one_batch(trainer)
+        found.append([loss, *(parameter.grad for parameter in trainer.model.parameters())])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
 # ---- how a batch is cut ----
@@ -307,12 +335,120 @@ def test_resumed_is_undisturbed(tmp_path) -> None:
     assert resumed.evaluate()["eval_loss"] == whole.evaluate()["eval_loss"]
 
 
-def test_a_resume_without_the_cache_is_refused(tmp_path, monkeypatch) -> None:
+def test_a_resume_without_the_cache(tmp_path, monkeypatch, caplog) -> None:
+    """The run keeps a copy, on which a damaged cache falls back; without any it cannot go on."""
+    whole = trained(tmp_path / "a")
     trained(tmp_path / "b", save_strategy="steps", save_steps=3)
     shutil.rmtree(tmp_path / "b" / "checkpoint-6")
+    shutil.copytree(tmp_path / "b", tmp_path / "c", symlinks=True)
+    for file in Path(os.environ["HF_SFT_CACHE"]).rglob("reference_logps.npy"):
+        file.write_bytes(b"no array")
+    resumed = make_trainer(tmp_path / "b")
+    resumed.train(resume_from_checkpoint="auto")
+    assert all(torch.equal(a, b) for a, b in zip(resumed.model.parameters(), whole.model.parameters(), strict=True))
+    assert "is damaged and is not used" in caplog.text
     monkeypatch.setenv("HF_SFT_CACHE", str(tmp_path / "empty"))
-    with pytest.raises(ValueError, match=r"no longer in the cache .*start in a new output_dir, or name the model"):
-        make_trainer(tmp_path / "b").train(resume_from_checkpoint="auto")
+    shutil.rmtree(tmp_path / "c" / "reference_logps")
+    with pytest.raises(ValueError, match=r"as training found it are kept in none of .*start in a new output_dir"):
+        make_trainer(tmp_path / "c").train(resume_from_checkpoint="auto")
+
+
+def computed(trainer: DPOTrainer) -> np.ndarray:
+    """The precomputed log-probabilities of the training pairs."""
+    trainer.reference.remember(trainer.model)
+    trainer.reference.prepare(trainer.model, [trainer.train_dataset], untrained=True)
+    return trainer.train_dataset.notes["reference_logps"]
+
+
+def test_what_is_kept_belongs_to_model_pairs_and_settings(tmp_path) -> None:
+    """Whatever a log-probability depends on makes another entry; the same comes from the cache."""
+    from peft import get_peft_model
+
+    pairs = token_pairs(3, seed=1)
+    model = exact()
+    config = copy.deepcopy(model.config)
+    config.rope_parameters = {"rope_type": "default", "rope_theta": 100.0}
+    other = type(model)(config).double()
+    other.load_state_dict(model.state_dict())
+
+    def adapted(alpha: int):
+        wrapped = get_peft_model(exact(), lora(lora_alpha=alpha))
+        with torch.no_grad():
+            for name, parameter in wrapped.named_parameters():
+                parameter.fill_(0.01) if "lora_B" in name else None
+        return wrapped
+
+    def relabelled(pair: dict, labels: slice) -> dict:
+        ids = pair["prompt_ids"] + pair["chosen_ids"] + pair["prompt_ids"] + pair["rejected_ids"]
+        learned = [-100] * len(ids)
+        learned[labels] = ids[labels]
+        learned[-1] = ids[-1]
+        return {
+            "input_ids": ids,
+            "labels": learned,
+            "rejected_start": np.int64(len(pair["prompt_ids"] + pair["chosen_ids"])),
+        }
+
+    long = [{"prompt_ids": [1, 2], "chosen_ids": list(range(9)), "rejected_ids": [3]}]
+    moved = [{**relabelled(long[0], slice(3, 9)), "rejected_start": 10}]
+    cases = {
+        "weights": ({"model": exact(seed=1)}, {"model": exact(seed=2)}),
+        "config": ({"model": model}, {"model": other}),
+        "scaling": ({"model": adapted(4)}, {"model": adapted(64)}),
+        "pairs": ({"train": pairs}, {"train": pairs[::-1]}),
+        "labels": ({"train": [relabelled(long[0], slice(3, 9))]}, {"train": [relabelled(long[0], slice(5, 9))]}),
+        "borders": ({"train": [relabelled(long[0], slice(3, 9))]}, {"train": moved}),
+    }
+    for name, (first, second) in cases.items():
+        made = [
+            make_trainer(tmp_path / f"{name}{n}", dpo={"dpo_reference": "precomputed"}, **{"train": pairs, **options})
+            for n, options in enumerate((first, second))
+        ]
+        kept = [computed(trainer) for trainer in made]
+        assert not np.array_equal(*kept), name
+        again = make_trainer(tmp_path / f"{name}2", dpo={"dpo_reference": "precomputed"}, **{"train": pairs, **first})
+        again.reference.compute = None  # what is kept must do
+        assert np.array_equal(computed(again), kept[0]), name
+    one = make_trainer(tmp_path / "x", train=pairs, dpo={"dpo_reference": "precomputed"})
+    padded = DataArguments(task_type="dpo", max_seq_length=64, packing=False)
+    two = make_trainer(tmp_path / "y", train=pairs, data=padded, dpo={"dpo_reference": "precomputed"})
+    computed(one)
+    two.reference.compute = None
+    with pytest.raises(TypeError):
+        computed(two)
+
+
+def test_a_trained_model_is_never_its_own_reference(tmp_path) -> None:
+    """Training on with a new data set, in the same process."""
+    trainer = trained(tmp_path)
+    trainer.eval_dataset = trainer._bins(token_pairs(3, seed=7), None, evaluation=True)
+    with pytest.raises(ValueError, match="give all data sets to the trainer before it trains"):
+        trainer.train()
+
+
+def test_new_adapters_are_told_from_trained_ones() -> None:
+    from peft import get_peft_model
+
+    from hf_sft.training.reference import is_new_adapter
+
+    settings = [{"trainable_token_indices": {"embed_tokens": [3, 5]}}, {"modules_to_save": ["embed_tokens"]}]
+    for extra, moved in zip(settings, ("trainable_tokens_delta", "modules_to_save"), strict=True):
+        model = get_peft_model(exact(), lora(**extra))
+        assert is_new_adapter(model)
+        with torch.no_grad():
+            next(p for n, p in model.named_parameters() if moved in n).add_(0.1)
+        assert not is_new_adapter(model)
+
+
+def test_a_reference_that_is_named(tmp_path) -> None:
+    """From Python as from the command line; another vocabulary is refused."""
+    other = tiny.save_tiny(tmp_path / "other", seed=7)
+    named = make_trainer(tmp_path, model=tiny.tiny_model(), dpo={"reference_model_name_or_path": other})
+    given = make_trainer(tmp_path, model=tiny.tiny_model(), ref_model=tiny.tiny_model(seed=7))
+    batch = PairCollator(True, 0)([named.train_dataset[0, 0]])
+    assert torch.equal(*(trainer.reference.logps(trainer.model, batch) for trainer in (named, given)))
+    with pytest.raises(ValueError, match="300 rows in its vocabulary and the model 259"):
+        make_trainer(tmp_path, ref_model=exact(vocab_size=300))
 
 
 def test_a_data_set_that_comes_too_late(tmp_path) -> None:
@@ -341,6 +477,21 @@ def test_prompts_are_cut_in_front_and_answers_behind(tmp_path) -> None:
     labels = [label for label in row["labels"] if label != -100]
     assert tokenizer.decode(labels) == "abcabcabcabcabca" + "no<|im_end|>"
     assert chosen[:24] == rejected[:24]
+
+
+def test_the_most_tokens_of_an_answer(tmp_path) -> None:
+    """The first ones stay, and an answer that is cut is counted."""
+    pairs = [{"prompt_ids": [9] * 5, "chosen_ids": list(range(10)), "rejected_ids": [1, 2, 3]}]
+    trainer = make_trainer(tmp_path, train=pairs, dpo={"max_answer_length": 4, "max_prompt_length": 2})
+    (row,) = trainer.train_dataset[0, 0]
+    assert row["input_ids"].tolist() == [9, 9, 0, 1, 2, 3, 9, 9, 1, 2, 3] and row["rejected_start"] == 6
+    assert [label for label in row["labels"].tolist() if label != -100] == [0, 1, 2, 3, 1, 2, 3]
+
+
+def test_a_tie_counts_half(tmp_path) -> None:
+    trainer = make_trainer(tmp_path, model=exact(), ref_model=exact(), evaluation=token_pairs(6, seed=2))
+    results = trainer.evaluate()
+    assert results["eval_rewards/accuracies"] == 0.5 and results["eval_loss"] == pytest.approx(np.log(2), rel=1e-12)
 
 
 def test_what_is_learned_of_a_conversation(tmp_path) -> None:
@@ -452,6 +603,8 @@ def test_wrong_settings(tmp_path) -> None:
 
 
 def test_wrong_use_from_python(tmp_path) -> None:
+    from peft import PromptTuningConfig
+
     other = exact("qwen2")
     model = exact()
     for options, sentence in [
@@ -461,7 +614,10 @@ def test_wrong_use_from_python(tmp_path) -> None:
         ({"ref_model": exact(), "dpo": {"dpo_reference": "precomputed"}}, "ref_model is given and dpo_reference is precomputed"),
         ({"dpo": {"dpo_reference": "adapter_off"}}, "dpo_reference is adapter_off, and the model has no adapter"),
         ({"dpo": {"dpo_reference": "model"}}, "the model has no name to load it again by"),
-        ({"data": DataArguments(max_seq_length=64)}, "data_args.task_type is 'sft', and this trainer is for dpo"),
+        ({"data": DataArguments(task_type="pretrain")}, "data_args.task_type is 'pretrain', and this trainer is for dpo"),
+        ({"dpo": {"dpo_loss_type": "orpo"}, "ref_model": other}, "dpo_loss_type orpo needs no reference"),
+        ({"dpo": {"reference_model_name_or_path": "x"}, "ref_model": other}, "are both given"),
+        ({"peft_config": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)}, "tokens of its own before each row"),
         ({"dpo": {"dpo_loss_type": "kto"}}, "dpo_loss_type is 'kto'"),
         ({"train": [{"input_ids": [1], "labels": [1]}]}, "chosen and rejected are missing"),
         ({"train": [{"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [999]}]}, "999"),

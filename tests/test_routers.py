@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from test_trainer import DATA, assert_same_run, logged, make_trainer, token_rows, trained
+from test_trainer import assert_same_run, logged, make_trainer, token_rows, trained
 
 from hf_sft.arguments import DataArguments
 from hf_sft.models.routers import RouterRecorder
@@ -147,8 +147,24 @@ def test_the_coefficient(tmp_path) -> None:
 
 
 def test_preferences_have_it_too(tmp_path) -> None:
-    from test_dpo import trained as preferring
+    """Gradients of a step of two micro-batches: those without it, plus those of the mean router loss."""
+    from test_dpo import make_trainer as preferring
 
-    trainer = preferring(tmp_path, model=tiny.tiny_model("mixtral"), router_aux_loss_coef=0.5, max_steps=2)
-    assert len(logged(trainer, "router_loss")) == 2
-    assert DATA.task_type == "sft"
+    model = tiny.tiny_model("mixtral")
+    options = dict(ref_model=tiny.tiny_model("mixtral", seed=1), train=6, per_device_train_batch_size=2)
+    trainer, bare = (
+        preferring(tmp_path, model=copy.deepcopy(model), router_aux_loss_coef=c, **options) for c in (0.5, 0.0)
+    )
+    batches = [trainer._prepare_inputs(batch) for batch in trainer.get_train_dataloader()][:2]
+    items = trainer._get_num_items_in_batch(batches, torch.device("cpu"))
+    for batch in batches:
+        trainer.compute_loss(trainer.model, batch, num_items_in_batch=items).backward()
+        recorder = RouterRecorder(bare.model)
+        with recorder.recording() as logits:
+            bare.model(**bare._model_inputs(batch))
+        (0.5 * recorder.loss(logits) / 2).backward()
+        bare.compute_loss(bare.model, batch, num_items_in_batch=items).backward()
+    for (name, a), b in zip(trainer.model.named_parameters(), bare.model.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-7, msg=name)
+    trainer.train()
+    assert len(logged(trainer, "router_loss")) == trainer.state.max_steps

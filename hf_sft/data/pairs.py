@@ -7,6 +7,7 @@ labels      -100 ... , the answer | -100 ... , the answer        rejected_start:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 from hf_sft.data.chat import IGNORE, ChatEncoder, EncodingError, TokenRow
@@ -100,11 +101,11 @@ def check_pair_row(value: Mapping[str, Any], vocabulary: int | None) -> PairRow:
     """
     if value.get("rejected_start") is not None:
         row, border = check_token_row(value, vocabulary), value["rejected_start"]
-        if not isinstance(border, int) or not 0 < border < len(row["input_ids"]):
+        if not isinstance(border, Integral) or not 0 < int(border) < len(row["input_ids"]):
             raise EncodingError(
                 f"rejected_start is {border!r}, and the row has {len(row['input_ids'])} tokens: both sides need some"
             )
-        return PairRow(**row, rejected_start=border)
+        return PairRow(**row, rejected_start=int(border))
     prompt, *answers = (list(value[name]) for name in _TOKENISED)
     chosen, rejected = (
         check_token_row({"input_ids": prompt + ids, "labels": [IGNORE] * len(prompt) + ids}, vocabulary)

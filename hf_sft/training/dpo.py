@@ -14,7 +14,7 @@ with N of the whole step over all ranks.
 from __future__ import annotations
 
 import logging
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -34,10 +34,12 @@ from hf_sft.data.cache import default_cache_dir
 from hf_sft.metrics import PairSums, sum_dtype
 from hf_sft.models.head import HeadScorer
 from hf_sft.models.loading import load_model
+from hf_sft.models.vocabulary import vocabulary_rows
 from hf_sft.models.wrappers import base_model, evaluating
 from hf_sft.objectives import Objective, Preference
-from hf_sft.preference_losses import answer_sums
+from hf_sft.preference_losses import REFERENCE_FREE, answer_sums
 from hf_sft.training.reference import (
+    NOTE,
     AdapterOff,
     Precomputed,
     Reference,
@@ -50,6 +52,8 @@ from hf_sft.training.trainer import SFTTrainer
 
 logger = logging.getLogger(__name__)
 
+_OF_BASE = "the adapter has been trained before: the reference is its base, not the model as training finds it"
+
 
 class DPOTrainer(SFTTrainer):
     """Learn to prefer the chosen answers of pairs to the rejected ones: DPO and its kin (``hf_sft.preference_losses``).
@@ -57,7 +61,7 @@ class DPOTrainer(SFTTrainer):
     Args:
         model, args, train_dataset, eval_dataset, processing_class, data_args, peft_config, ...: as for ``SFTTrainer``; the data
             are preference pairs in any known format, or tokenised ones (``prompt_ids``, ``chosen_ids``, ``rejected_ids``).
-        ref_model: the reference, or its folder or hub name; by default as ``dpo_args.dpo_reference`` says.
+        ref_model: the reference, its folder or hub name, or ``ModelArguments`` to load it with; by default as ``dpo_args`` says.
         dpo_args: the loss and its reference.
 
     Raises:
@@ -66,7 +70,7 @@ class DPOTrainer(SFTTrainer):
 
     objective: Preference  # type: ignore[assignment]
     _tasks = ("dpo",)
-    _goes_on = False
+    _goes_on = _has_begun = False
     reference_kind: str | None = None
 
     def __init__(
@@ -74,12 +78,15 @@ class DPOTrainer(SFTTrainer):
         model: nn.Module | str,
         args: Any = None,
         *,
-        ref_model: nn.Module | str | None = None,
+        ref_model: nn.Module | ModelArguments | str | None = None,
         dpo_args: DPOArguments | None = None,
         data_args: DataArguments | None = None,
         **options: Any,
     ) -> None:
+        if data_args is not None and data_args.task_type == "sft":  # its default
+            data_args = replace(data_args, task_type="dpo")
         self.dpo_args = _checked(dpo_args, data_args, ref_model)
+        ref_model = ref_model if ref_model is not None else self.dpo_args.reference_model_name_or_path
         for name in ("compute_metrics", "data_collator", "wedlm_args"):
             if options.get(name) is not None:
                 raise ValueError(
@@ -135,7 +142,7 @@ class DPOTrainer(SFTTrainer):
 
     # ---- reference ----
 
-    def _make_reference(self, ref_model: nn.Module | str | None) -> Reference | None:
+    def _make_reference(self, ref_model: nn.Module | ModelArguments | str | None) -> Reference | None:
         if not self.objective.loss.needs_reference:
             return None
         model = cast(nn.Module, self.model)
@@ -145,8 +152,9 @@ class DPOTrainer(SFTTrainer):
         if kind == "precomputed":
             args = self.args
             cache = Path(self.data_args.data_cache_dir or default_cache_dir()).expanduser()
-            precision = {name: getattr(args, name) for name in ("bf16", "fp16")}
-            return Precomputed(self._compute_logps, cache, {"layout": self.layout.name, **precision})
+            settings = {"layout": self.layout.name, **{name: getattr(args, name) for name in ("bf16", "fp16")}}
+            folders = cache, Path(str(args.output_dir), NOTE)
+            return Precomputed(self._compute_logps, folders, settings, rebuild=self.data_args.rebuild_cache)
         return self._second_model(ref_model)
 
     def _reference_kind(self, model: nn.Module, ref_model: Any) -> str:
@@ -156,7 +164,8 @@ class DPOTrainer(SFTTrainer):
             ValueError: what is asked for cannot be had.
         """
         asked, problem = self.dpo_args.dpo_reference, adapter_off_problem(model)
-        live = self.data_args.is_live
+        live = self.train_dataset is not None and not isinstance(self.train_dataset, Bins)
+        goes_on = problem is None and not is_new_adapter(cast(PeftModel, model))
         if asked == "adapter_off" and problem:
             raise ValueError(f"dpo_reference is adapter_off, and {problem}: choose model or precomputed")
         if asked == "precomputed" and live:
@@ -168,40 +177,53 @@ class DPOTrainer(SFTTrainer):
         if asked == "auto":
             if ref_model is not None:
                 kind, why = "model", "one is named"
-            elif problem is None and is_new_adapter(cast(PeftModel, model)):
+            elif problem is None and not goes_on:
                 kind, why = "adapter_off", "the adapter is new"
+            elif live and isinstance(model, PeftModel):
+                raise ValueError(
+                    "dpo_reference is auto, the adapter has been trained before, and data that are tokenised while the model "
+                    "trains have no precomputed log-probabilities: choose adapter_off or model, and the base is the reference, "
+                    "or leave out streaming and lazy_preprocess"
+                )
+            elif live:
+                kind, why = "model", "the data are tokenised while the model trains"
             else:
-                kind = "model" if live else "precomputed"
-                why = problem or "the adapter has been trained before"
-        elif kind == "adapter_off" and not is_new_adapter(cast(PeftModel, model)):
-            logger.warning(
-                "the adapter has been trained before: the reference is its base, not the model as training finds it"
-            )
+                kind, why = "precomputed", problem or "the adapter has been trained before"
+        elif goes_on and (kind == "adapter_off" or (kind == "model" and _is_own(ref_model, model))):
+            logger.warning(_OF_BASE)
         logger.info("the reference is %s (%s)", kind, why)
         self.reference_kind = kind
         return kind
 
-    def _second_model(self, ref_model: nn.Module | str | None) -> SecondModel:
+    def _second_model(self, ref_model: nn.Module | ModelArguments | str | None) -> SecondModel:
         args, base = self.args, base_model(cast(nn.Module, self.model))
         if args.fsdp or is_deepspeed_zero3_enabled():
             raise ValueError(
                 "a second model as the reference stands whole on every device, which ZeRO-3 and FSDP2 are there to avoid: choose "
                 "dpo_reference precomputed, or adapter_off with an adapter"
             )
-        ref_model = ref_model or base.config._name_or_path
+        ref_model = base.config._name_or_path if ref_model is None else ref_model
         if isinstance(ref_model, str):
             if not ref_model:
                 raise ValueError(
                     "dpo_reference is model, and the model has no name to load it again by: pass ref_model"
                 )
-            named = ModelArguments(model_name_or_path=ref_model, dtype=str(base.dtype).removeprefix("torch."))  # type: ignore[arg-type]
-            ref_model = load_model(named, tokenizer=cast(Any, self.processing_class), training=args)
+            ref_model = ModelArguments(model_name_or_path=ref_model)
+        if isinstance(ref_model, ModelArguments):
+            dtype: Any = str(base.dtype).removeprefix("torch.")
+            tokenizer = cast(Any, self.processing_class)
+            ref_model = load_model(replace(ref_model, dtype=dtype), tokenizer=tokenizer, training=args)
         if base_model(ref_model) is base:
             raise ValueError("ref_model is the model that is trained: pass a copy of it, or leave it out")
         if type(base_model(ref_model)) is not type(base):
             raise ValueError(
                 f"ref_model is a {type(base_model(ref_model)).__name__} and the model a {type(base).__name__}: the reference "
                 "must be of the same architecture"
+            )
+        rows = vocabulary_rows(base_model(ref_model)), vocabulary_rows(base)
+        if rows[0] != rows[1]:
+            raise ValueError(
+                f"ref_model has {rows[0]} rows in its vocabulary and the model {rows[1]}: the reference must read the same tokens"
             )
         place_model(ref_model, args)
         install_layout(ref_model, self.layout.backend)
@@ -229,7 +251,8 @@ class DPOTrainer(SFTTrainer):
         if isinstance(self.reference, Precomputed):
             evaluation = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
             known = [each for each in (self.train_dataset, *evaluation) if isinstance(each, Bins)]
-            self.reference.prepare(self.model_wrapped, known, untrained=not self._goes_on)
+            self.reference.prepare(self.model_wrapped, known, untrained=not self._goes_on and not self._has_begun)
+        self._has_begun = True
         return prepared
 
     # ---- evaluation ----
@@ -245,11 +268,17 @@ class DPOTrainer(SFTTrainer):
     def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """``SFTTrainer.evaluation_loop``; precomputed log-probabilities of a data set that is new are computed first."""
         if isinstance(self.reference, Precomputed) and isinstance(dataloader.dataset, Bins):
-            untrained = self.state.global_step == 0
+            untrained = not self._has_begun
             if untrained:
                 self.reference.remember(cast(nn.Module, self.model))
             self.reference.prepare(self.model_wrapped, [dataloader.dataset], untrained=untrained)
         return super().evaluation_loop(dataloader, description, *args, **kwargs)
+
+
+def _is_own(ref_model: Any, model: nn.Module) -> bool:
+    """Whether the second model is to be the one that the policy's base was loaded from."""
+    name = ref_model.model_name_or_path if isinstance(ref_model, ModelArguments) else ref_model
+    return name is None or (isinstance(name, str) and name == base_model(model).config._name_or_path)
 
 
 class _PairScores:
@@ -306,8 +335,13 @@ def _checked(dpo: DPOArguments | None, data: DataArguments | None, ref_model: An
     given = {entry.name for entry in fields(dpo) if getattr(dpo, entry.name) != entry.default}
     data = data if data is not None and data.task_type == "dpo" else DataArguments(task_type="dpo")
     found = [*check_values(dpo)] or [*check_dpo(dpo, data, given)]
-    if ref_model is not None and dpo.dpo_reference not in ("auto", "model"):
-        found.append(f"ref_model is given and dpo_reference is {dpo.dpo_reference}: leave one of them out")
+    if ref_model is not None:
+        if dpo.dpo_loss_type in REFERENCE_FREE:
+            found.append(f"ref_model is given, and dpo_loss_type {dpo.dpo_loss_type} needs no reference: leave it out")
+        if dpo.dpo_reference not in ("auto", "model"):
+            found.append(f"ref_model is given and dpo_reference is {dpo.dpo_reference}: leave one of them out")
+        if dpo.reference_model_name_or_path is not None:
+            found.append("ref_model and reference_model_name_or_path are both given: leave one of them out")
     if found:
         raise ValueError("; ".join(found))
     return dpo

@@ -6,10 +6,11 @@ Shapes: P pairs of a micro-batch, 2P answers (the chosen one of a pair before it
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -18,12 +19,22 @@ from torch import Tensor, nn
 
 from hf_sft.data.bins import Bins
 from hf_sft.data.cache import cache_key, write_folder
+from hf_sft.data.prepared import code_version
 from hf_sft.models.sharded import whole
 from hf_sft.models.wrappers import base_model
 
 logger = logging.getLogger(__name__)
 
-NOTE = "reference_logps"  # in a bin's rows and in batches
+NOTE = "reference_logps"  # in a bin's rows, in batches, and the name of the file
+# Fields of configs that change nothing in a forward without dropout.
+_INCIDENTAL = {
+    "_name_or_path",
+    "name_or_path",
+    "base_model_name_or_path",
+    "transformers_version",
+    "inference_mode",
+    "revision",
+}
 Scores = Callable[[nn.Module, dict[str, Any]], Tensor]  # model, batch on the device -> [2P] log-probabilities
 
 
@@ -68,13 +79,21 @@ class Precomputed:
 
     Args:
         compute: the log-probabilities [D, 2] of a data set's pairs under a model; collective.
-        cache: folder of the cache.
-        settings: what they depend on beside the weights and the pairs.
+        folders: where they are kept, each of them: the data cache, which other runs share, and the run's own folder.
+        settings: what they depend on beside the model and the pairs.
+        rebuild: compute them even if they are there.
     """
 
-    def __init__(self, compute: Callable[[nn.Module, Bins], Tensor], cache: Path, settings: dict[str, Any]) -> None:
-        self.compute, self.cache, self.settings = compute, cache, settings
-        self.weights: str | None = None
+    def __init__(
+        self,
+        compute: Callable[[nn.Module, Bins], Tensor],
+        folders: Sequence[Path],
+        settings: dict[str, Any],
+        *,
+        rebuild: bool = False,
+    ) -> None:
+        self.compute, self.folders, self.settings, self.rebuild = compute, folders, settings, rebuild
+        self.model: str | None = None
 
     def logps(self, policy: nn.Module, batch: dict[str, Any]) -> Tensor:
         if NOTE not in batch and not batch["pair_numbers"]:
@@ -82,8 +101,8 @@ class Precomputed:
         return batch[NOTE]
 
     def remember(self, model: nn.Module) -> None:
-        """Take down which weights training begins with; collective, and before a checkpoint is loaded."""
-        self.weights = self.weights or _fingerprint(model)
+        """Take down which model training begins with; collective, and before a checkpoint is loaded."""
+        self.model = self.model or _fingerprint(model)
 
     def prepare(self, model: nn.Module, datasets: Iterable[Bins], *, untrained: bool) -> None:
         """Write the log-probabilities into the rows of ``datasets``, from the cache or by one pass over them; collective.
@@ -93,23 +112,24 @@ class Precomputed:
             untrained: it has the weights that were remembered.
 
         Raises:
-            ValueError: they are not in the cache, and the model has been trained since.
+            ValueError: they are kept nowhere, and the model has been trained since.
         """
         for bins in datasets:
             if NOTE in bins.notes:
                 continue
-            folder = self.cache / cache_key({"weights": self.weights, "pairs": _content(bins), **self.settings})
-            found = _shared_load(folder)
+            key = cache_key({"model": self.model, "pairs": _content(bins), "code": code_version(), **self.settings})
+            folders = [folder / key for folder in self.folders]
+            found = _shared_load([] if self.rebuild and untrained else folders, len(bins.lengths))
             if found is None:
                 if not untrained:
                     raise ValueError(
-                        "dpo_reference is precomputed, and the log-probabilities of the model as training found it are no longer "
-                        f"in the cache ({folder} is missing): start in a new output_dir, or name the model as "
-                        "reference_model_name_or_path"
+                        "dpo_reference is precomputed, and the log-probabilities of these pairs under the model as training "
+                        f"found it are kept in none of {', '.join(map(str, self.folders))}: give all data sets to the trainer "
+                        "before it trains, or start in a new output_dir"
                     )
                 logger.info("computing the reference's log-probabilities of %d pairs", len(bins.lengths))
                 found = self.compute(model, bins).cpu().numpy()
-                _save(folder, found)
+            _save(folders, found)
             bins.notes[NOTE] = found
 
 
@@ -128,26 +148,52 @@ def adapter_off_problem(model: nn.Module) -> str | None:
 
 def is_new_adapter(model: PeftModel) -> bool:
     """Whether the adapter changes nothing yet, as far as can be told: each update B A has a factor that is all zeros."""
-    zeros = [
-        not whole(parameter.detach()).any()
+    factors = [
+        whole(parameter.detach())
         for name, parameter in model.named_parameters()
         if "lora_B." in name or "lora_embedding_A" in name
     ]
-    return bool(zeros) and all(zeros)
+    unchanged = [_same(*pair) for pair in _replaced(model)]
+    return bool(factors) and not any(factor.any() for factor in factors) and all(unchanged)
+
+
+def _replaced(model: PeftModel) -> Iterator[tuple[Tensor, Tensor]]:
+    """What the adapter puts in the place of weights, and these: copies of modules, and rows of a vocabulary."""
+    for module in model.modules():
+        active: Any = getattr(module, "active_adapters", None) or getattr(module, "active_adapter", None)
+        name = active[0] if isinstance(active, list) else active
+        copies, original = getattr(module, "modules_to_save", None), getattr(module, "original_module", None)
+        if isinstance(copies, nn.ModuleDict) and original is not None and name in copies:
+            yield from zip(copies[name].parameters(), original.parameters(), strict=True)
+        rows: Any = getattr(module, "trainable_tokens_delta", None)
+        if rows is not None and name in rows:
+            weight = whole(cast(Any, module).get_base_layer().weight.detach())
+            yield rows[name], weight[cast(Any, module).token_indices[name]]
+
+
+def _same(own: Tensor, base: Tensor) -> bool:
+    own, base = whole(own.detach()), whole(base.detach())
+    return bool(torch.equal(own.to(base.dtype), base.to(own.device)))
 
 
 # ---- the cache ----
 
 
 def _fingerprint(model: nn.Module) -> str:
-    """Of all weights, read one at a time; only the first process hashes them."""
+    """Of all that a forward depends on: configs, weights and buffers, read one at a time; only the first process hashes them."""
     digest = hashlib.blake2b(digest_size=16)
+    configs = [base_model(model).config, *getattr(model, "peft_config", {}).values()]
+    for config in configs:
+        fields = {key: value for key, value in config.to_dict().items() if key not in _INCIDENTAL}
+        digest.update(json.dumps(fields, sort_keys=True, default=str).encode())
     main = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
-    for name, parameter in model.named_parameters():
+    for name, parameter in [*model.named_parameters(), *model.named_buffers()]:
         tensor = whole(parameter.detach())
         if main:
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).cpu().numpy().data)
+            state = getattr(parameter, "quant_state", None)
+            for each in (tensor, *(() if state is None else state.as_dict(packed=True).values())):
+                digest.update(f"{name} {each.dtype} {tuple(each.shape)}".encode())
+                digest.update(each.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy().data)
     return digest.hexdigest()
 
 
@@ -162,18 +208,35 @@ def _content(bins: Bins) -> str:
     return digest.hexdigest()
 
 
-def _shared_load(folder: Path) -> np.ndarray | None:
-    """[D, 2] what the first process finds in the cache; on all processes."""
+def _shared_load(folders: Sequence[Path], pairs: int) -> np.ndarray | None:
+    """[D, 2] what the first process finds in the first folder that has it whole; on all processes."""
     several = torch.distributed.is_initialized()
     found: list[Any] = [None]
     if not several or torch.distributed.get_rank() == 0:
-        file = folder / f"{NOTE}.npy"
-        found = [np.load(file, allow_pickle=False) if file.is_file() else None]
+        kept = (_load(folder / f"{NOTE}.npy", pairs) for folder in folders)
+        found = [next((logps for logps in kept if logps is not None), None)]
     if several:
         torch.distributed.broadcast_object_list(found, src=0)
     return found[0]
 
 
-def _save(folder: Path, logps: np.ndarray) -> None:
-    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
-        write_folder(folder, lambda target: np.save(target / f"{NOTE}.npy", logps), replace=True)
+def _load(file: Path, pairs: int) -> np.ndarray | None:
+    try:
+        logps = np.load(file, allow_pickle=False)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, EOFError):  # NumPy takes a damaged file for pickled objects
+        logps = None
+    if logps is None or logps.shape != (pairs, 2):
+        logger.warning("%s is damaged and is not used", file)
+        return None
+    return logps
+
+
+def _save(folders: Iterable[Path], logps: np.ndarray) -> None:
+    if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
+        return
+    for folder in folders:
+        held = _load(folder / f"{NOTE}.npy", len(logps)) if folder.is_dir() else None
+        if held is None or not np.array_equal(held, logps):
+            write_folder(folder, lambda target: np.save(target / f"{NOTE}.npy", logps), replace=True)

@@ -44,6 +44,8 @@ _ELSEWHERE = {
     "dataset_text_field": "data_args=DataArguments(task_type='pretrain'), which reads the field text",
     "formatting_func": "conversations as train_dataset",
     "compute_loss_func": "a subclass that overrides compute_loss",
+    "beta": "DPOTrainer with dpo_args=DPOArguments(dpo_beta=...)",
+    "ref_model": "DPOTrainer, which takes one",
 }
 
 
@@ -57,7 +59,7 @@ def check_options(options: dict[str, Any]) -> None:
                 if name in _ELSEWHERE
                 else f"Trainer's are {', '.join(sorted(known - {'self'}))}"
             )
-            raise ValueError(f"SFTTrainer takes no {name}: {instead}")
+            raise ValueError(f"the trainer takes no {name}: {instead}")
 
 
 def check_arguments(args: Any, packing: bool | None) -> None:
@@ -98,6 +100,11 @@ def prepare_model(model: nn.Module, peft_config: Any, args: Any, mask_token_id: 
         ValueError: an adapter on an adapter.
     """
     if peft_config is not None:
+        if getattr(peft_config, "is_prompt_learning", False):
+            raise ValueError(
+                f"peft_config is a {type(peft_config).__name__}, which puts tokens of its own before each row: other rows than "
+                "those of the answers would be scored; use LoRA or another adapter of weights"
+            )
         if isinstance(model, PeftModel):
             raise ValueError("model has an adapter already, and peft_config asks for another: leave out one of them")
         set_seed(args.seed)
