@@ -276,6 +276,8 @@ def check_dpo(dpo: DPOArguments, data: DataArguments, given: set[str], train_mod
         yield f"label_smoothing is {dpo.label_smoothing:g}: the share of wrong preferences lies in [0, 0.5)"
     if dpo.label_smoothing and loss not in ("sigmoid", "robust", "simpo"):
         yield f"label_smoothing is {dpo.label_smoothing:g}, and dpo_loss_type {loss} knows none: leave it out"
+    if loss == "robust" and not dpo.label_smoothing:
+        yield "dpo_loss_type is robust and label_smoothing is 0, which is sigmoid: set the share of wrong preferences"
     if not 0 <= dpo.dpo_sft_weight < float("inf"):
         yield f"dpo_sft_weight is {dpo.dpo_sft_weight:g}: use 0 or more"
     if not 0 <= dpo.simpo_gamma < float("inf"):

@@ -13,7 +13,7 @@ from hf_sft.data.live import LiveRecords
 from hf_sft.data.pipeline import evaluation_files, prepare_dataset
 from hf_sft.data.prepared import PreparedData, packing_report
 from hf_sft.data.templates import has_template, resolve_template
-from hf_sft.models.loading import load_config, load_tokenizer
+from hf_sft.models.loading import check_max_seq_length, load_config, load_tokenizer
 from hf_sft.models.mask_token import adapter_mask_token, resolve_mask_token
 from hf_sft.objectives import Objective, build_objective
 from hf_sft.parsing import Arguments
@@ -34,6 +34,21 @@ def read_data_side(arguments: Arguments) -> tuple[Any, Objective]:
     if data.task_type != "pretrain" and (has_template(tokenizer, data.first_template) or data.system_prompt):
         tokenizer.chat_template = resolve_template(tokenizer, data.first_template, data.system_prompt)
     return tokenizer, objective_of(arguments, tokenizer)
+
+
+def check_positions(arguments: Arguments) -> None:
+    """Before anything is tokenised, where there is a config: data can be looked at with a tokenizer alone.
+
+    Raises:
+        ValueError: ``max_seq_length`` is beyond the model's positions.
+    """
+    model = arguments.model
+    try:
+        config = load_config(str(model.model_name_or_path or model.config_name_or_path), model)
+    except ValueError:
+        return  # said when the model is loaded
+    if model.config_name_or_path is None:  # config_overrides may raise the number of positions
+        check_max_seq_length(config, arguments.data.max_seq_length)
 
 
 def prepare_data(

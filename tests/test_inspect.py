@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import runs
+import tiny
 from test_exporting import mask_tokenizer, save_source
 from test_wedlm_collator import collator, rows
 from tiny import conversations, tiny_tokenizer
@@ -438,3 +440,20 @@ def test_data_requests_that_do_not_fit(tmp_path) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             inspect.main(words)
+
+
+def test_both_sides_of_a_pair_are_shown(tmp_path, capsys) -> None:
+    """Each is cut by itself; and what training would refuse is refused here."""
+    model = tiny.save_tiny(tmp_path / "model")
+    pairs = [
+        {"prompt": "Q" * 90, "chosen": f"good {n} " + "g" * 300, "rejected": f"bad {n} " + "b" * 300} for n in range(8)
+    ]
+    data = runs.write_jsonl(tmp_path / "pairs.jsonl", pairs)
+    words = ["--model", model, "--file", data, "--task_type", "dpo", "--max_seq_length", "500"]
+    inspect.main(words)
+    shown = capsys.readouterr().out.replace("\n", "")
+    sample = shown[shown.index("random") :]
+    chosen, rejected = sample.split("--- rejected ---")[:2]
+    assert "gggg<|im_end|>" in chosen and "bbbb<|im_end|>" in rejected and " tokens ... " in chosen
+    with pytest.raises(ValueError, match="max_seq_length 600 is beyond the model's 512 positions"):
+        inspect.main([*words[:6], "--max_seq_length", "600"])

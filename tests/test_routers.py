@@ -135,6 +135,21 @@ def test_activation_checkpointing(tmp_path) -> None:
         trainer.train()
 
 
+@pytest.mark.parametrize("backend", ["segment", "dense"])
+def test_a_config_that_asks_for_router_logits_can_be_packed(tmp_path, backend) -> None:
+    """transformers' own loss would take the layout's mask for one of padding."""
+    rows = token_rows(9)
+    model = tiny.tiny_model("mixtral", output_router_logits=True)
+    plain = tiny.tiny_model("mixtral")
+    asked, want = (
+        trained(tmp_path / str(n), model=one, train=rows, attention_backend=backend, max_steps=2)
+        for n, one in enumerate((model, plain))
+    )
+    assert asked.layout.name == backend
+    assert_same_run(asked, want, tolerance=1e-5)
+    assert logged(asked, "router_loss") == pytest.approx(logged(want, "router_loss"), rel=1e-6)
+
+
 def test_the_coefficient(tmp_path) -> None:
     """The config's by default; one on a model without routers is refused."""
     assert (

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_sft.attention.layout import Layout
-from hf_sft.attention.protocol import layer_windows
+from hf_sft.attention.protocol import layer_windows, no_router_loss
 
 
 class Dense:
@@ -31,7 +31,8 @@ class Dense:
         additive = model.config._attn_implementation == "eager"
         windows = layer_windows(model.config)
         masks = {kind: as_mask(layout.allowed(window), additive, model.dtype) for kind, window in windows.items()}
-        return {"attention_mask": masks if len(masks) > 1 else next(iter(masks.values()))}
+        mask = masks if len(masks) > 1 else next(iter(masks.values()))
+        return {"attention_mask": mask, **no_router_loss(model)}
 
 
 def as_mask(allowed: Tensor, additive: bool, dtype: torch.dtype) -> Tensor:

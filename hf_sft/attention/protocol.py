@@ -70,7 +70,13 @@ class Routed:
         # A 4-D mask is handed through as it is, so that no T x T mask is built. It forbids everything: a model that drops
         # the layout on the way cannot pass the self-check with it.
         closed = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=layout.doc.device)
-        return {"attention_mask": closed, LAYOUT_KEY: layout}
+        return {"attention_mask": closed, LAYOUT_KEY: layout, **no_router_loss(model)}
+
+
+def no_router_loss(model: PreTrainedModel) -> dict[str, bool]:
+    """Where a config asks for it, transformers takes any mask for one of padding and fails; ``models.routers`` has that loss."""
+    asks = getattr(model.config.get_text_config(), "output_router_logits", False)
+    return {"output_router_logits": False} if asks else {}
 
 
 def is_routed(model: PreTrainedModel) -> bool:

@@ -13,6 +13,8 @@ from typing import Any
 
 logger = logging.getLogger("hf_sft")
 
+_MANY_LOST = 0.1  # of the records: above it the line of the log is a warning
+
 
 def main(argv: Sequence[str]) -> int:
     """Train as the arguments say; returns 0. Raises ValueError for everything that a user can put right."""
@@ -38,7 +40,7 @@ def run(arguments: Any) -> int:
     from hf_sft.models.loading import load_model
     from hf_sft.models.sharded import summary
     from hf_sft.models.vocabulary import added_token_ids
-    from hf_sft.tasks import build_trainer, packing_of, read_data_side, training_data
+    from hf_sft.tasks import build_trainer, check_positions, packing_of, read_data_side, training_data
     from hf_sft.training.failures import meet
     from hf_sft.training.resuming_trainer import find_checkpoint
     from hf_sft.training.together import raised_together
@@ -54,6 +56,7 @@ def run(arguments: Any) -> int:
             logger.info("changed since %s: %s", checkpoint, line)
     set_seed(training.seed)
 
+    check_positions(arguments)
     tokenizer, objective = read_data_side(arguments)
     prepared = training_data(arguments, tokenizer, objective)
     _tell_data(prepared)
@@ -113,11 +116,19 @@ def _tell_data(prepared: Mapping[str, Any]) -> None:
         lost = {name: count for name, count in report["dropped"].items() if count}
         lost |= {"bad": report["bad"]["count"]} if report["bad"]["count"] else {}
         reasons = f" ({', '.join(f'{name} {count:,}' for name, count in lost.items())})" if lost else ""
-        logger.info(
+        many = sum(lost.values()) > _MANY_LOST * report["records"]
+        logger.log(
+            logging.WARNING if many else logging.INFO,
             "%s data: %s records, %s kept%s; %s tokens, %.0f %% of them supervised",
             split, f"{report['records']:,}", f"{report['kept']:,}", reasons, f"{report['tokens']:,}",
             100 * report["supervised_share"],
         )  # fmt: skip
+        if "overlength" in lost and many:
+            logger.warning(
+                "%s are longer than max_seq_length and are left out: raise it, or set overlength to truncate%s",
+                f"{lost['overlength']:,}",
+                ", and max_prompt_length for long prompts" if report["formats"].get("preference") else "",
+            )
 
 
 def _tell_run(trainer: Any, model: Any) -> None:

@@ -187,8 +187,8 @@ class _HeldOut:
         count = round(share * total) if share < 1 else int(share)
         if not 0 < count < total:
             raise ValueError(
-                f"eval_split is {share:g}, which keeps {count} of {total} records for evaluation: "
-                "both sides need at least one"
+                f"eval_split is {share:g}, which keeps {count} of {total} records for evaluation: both sides need at least "
+                "one; name eval_file instead (a text file is one record)"
             )
         mask = np.zeros(total, bool)
         mask[np.random.default_rng([self.seed, 1]).permutation(total)[:count]] = True
@@ -254,7 +254,7 @@ def _prepare_source(reader: _Reader, tokenizer: Any, encoding: Encoding) -> Part
             for rows in _finished(_counted(chunks, counts, hashes, data.bad_records), counts, encoding):
                 writer.write_batch(rows)
         if counts.read or reader.held_out is None:  # of a small source, eval_split may take all or nothing
-            _refuse_nothing(counts, source.path)
+            _refuse_nothing(counts, source.path, "train on" if reader.split == "train" else "evaluate on")
         save_counts(target, counts, hashes)
 
     if not is_local_main():
@@ -408,14 +408,21 @@ def reasons(counts: RowCounts) -> str:
     return ", ".join(f"{number} {reason}" for reason, number in found.items() if number) or "none"
 
 
-def _refuse_nothing(counts: RowCounts, name: str) -> None:
-    if not counts.kept:
-        raise ValueError(
-            f"{name}: of {counts.read} records none is left to train on ({reasons(counts)}). "
-            + ("Raise max_seq_length, or set overlength to truncate. " if counts.overlength else "")
-            + ("Mend the data; columns names fields that are called otherwise." if counts.bad else "")
-            + "".join(f"\n  {e}" for e in counts.bad_examples)
-        )
+def _refuse_nothing(counts: RowCounts, name: str, what_for: str = "train on") -> None:
+    if counts.kept:
+        return
+    ways = []
+    if counts.overlength:
+        ways.append("Raise max_seq_length, or set overlength to truncate (split for texts).")
+    if counts.formats["preference"] and (counts.overlength or counts.unsupervised):
+        ways.append("max_prompt_length keeps the end of long prompts.")
+    if counts.bad:
+        ways.append("Mend the data; columns names fields that are called otherwise.")
+    why = f" ({reasons(counts)})" if counts.read else ""
+    raise ValueError(
+        " ".join([f"{name}: of {counts.read} records none is left to {what_for}{why}.", *ways])
+        + "".join(f"\n  {e}" for e in counts.bad_examples)
+    )
 
 
 def _warn(report: dict[str, Any], data: DataArguments) -> None:

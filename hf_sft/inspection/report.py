@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -198,7 +198,9 @@ def inspect_data(
     return replace(inspection, findings=find_problems(inspection, data, signs.system_prompt))
 
 
-_REJECTED = Token((), "\n--- rejected ---\n", learned=False, special=False)
+def _between(text: str) -> Token:
+    """What is shown between tokens, and is none."""
+    return Token((), text, learned=False, special=False)
 
 
 class _Split:
@@ -262,19 +264,28 @@ class _Split:
         self, ids: np.ndarray, learned: np.ndarray, most: int | None, border: int | None
     ) -> tuple[list[Token], int | None, int]:
         """Tokens to show, where some are left out, and how many; ``border``: where a pair's rejected side begins."""
+        if border is not None:  # each side is cut by itself
+            chosen, rejected = ((0, border), (border, len(ids)))
+            shown = [self._side(ids, learned, part, None if most is None else most // 2) for part in (chosen, rejected)]
+            return [*shown[0], _between("\n--- rejected ---\n"), *shown[1]], None, 0
         if most is None or len(ids) <= most + most // 10:  # to leave out a handful helps nobody
-            return list(self._part(ids, learned, 0, len(ids), border)), None, 0
+            return self._part(ids, learned, 0, len(ids)), None, 0
         head, tail = most - most // 2, len(ids) - most // 2
-        before = list(self._part(ids, learned, 0, head, border))
-        return [*before, *self._part(ids, learned, tail, len(ids), border)], len(before), tail - head
+        before = self._part(ids, learned, 0, head)
+        return [*before, *self._part(ids, learned, tail, len(ids))], len(before), tail - head
 
-    def _part(self, ids: np.ndarray, learned: np.ndarray, start: int, end: int, border: int | None) -> Iterator[Token]:
-        if border is not None and start < border < end:
-            yield from self._part(ids, learned, start, border, None)
-            yield _REJECTED
-            start = border
+    def _side(self, ids: np.ndarray, learned: np.ndarray, side: tuple[int, int], most: int | None) -> list[Token]:
+        start, end = side
+        if most is None or end - start <= most + most // 10:
+            return self._part(ids, learned, start, end)
+        head, tail = start + most - most // 2, end - most // 2
+        gap = _between(f" ... {tail - head:,} tokens ... ")
+        return [*self._part(ids, learned, start, head), gap, *self._part(ids, learned, tail, end)]
+
+    def _part(self, ids: np.ndarray, learned: np.ndarray, start: int, end: int) -> list[Token]:
         part = slice(start, end)
-        yield from self.texts.tokens(ids[part].tolist(), learned[part].tolist(), before=ids[:start].tolist()[-1:])
+        before = ids[:start].tolist()[-1:]
+        return list(self.texts.tokens(ids[part].tolist(), learned[part].tolist(), before=before))
 
     def _checked(self, row: int) -> int:
         if not 0 <= row < len(self.scan.lengths):

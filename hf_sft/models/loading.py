@@ -27,6 +27,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from hf_sft.arguments import LoraArguments, ModelArguments
 from hf_sft.checks import check_lora, check_model
+from hf_sft.data.templates import resolve_template
 from hf_sft.locks import one_of
 from hf_sft.models.families import ensure_pad_token
 from hf_sft.models.quantization import (
@@ -52,7 +53,7 @@ def load_tokenizer(model: ModelArguments, *, chat_template: str | None = None) -
     """The model's tokenizer, or the one named by ``tokenizer_name_or_path``, with the new special tokens and a pad token.
 
     Args:
-        chat_template: text of a Jinja template; it replaces the tokenizer's own and is saved with it.
+        chat_template: name, file or text of a Jinja template; it replaces the tokenizer's own and is saved with it.
 
     Raises:
         ValueError: no tokenizer there, or one that is not fast (spans are found by its offsets).
@@ -84,7 +85,7 @@ def load_tokenizer(model: ModelArguments, *, chat_template: str | None = None) -
     ensure_pad_token(tokenizer, name)
     tokenizer.padding_side = "right"
     if chat_template is not None:
-        tokenizer.chat_template = chat_template
+        tokenizer.chat_template = resolve_template(tokenizer, chat_template)
     return tokenizer
 
 
