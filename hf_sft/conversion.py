@@ -226,11 +226,21 @@ _TOKEN_OF_TEXT = re.compile(
 )
 
 
+_USER_OF_URL = re.compile(r"(\w://)[^/@\s]+@")
+
+
 def is_secret(key: str) -> bool:
     """Whether a key names what must not be written or shown, such as a token of the hub."""
     return _SECRET.search(key) is not None and _TOKEN_OF_TEXT.search(key) is None
 
 
 def show(key: str, value: Any) -> str:
-    """A value for a message; what stands under a key that names a secret stays out of logs."""
-    return "(hidden)" if is_secret(key) and not (value is None or isinstance(value, bool)) else repr(value)
+    """A value for a message; what stands under a key that names a secret stays out of logs, and so does a password in a URL."""
+    if is_secret(key) and not (value is None or isinstance(value, bool)):
+        return "(hidden)"
+    return _USER_OF_URL.sub(r"\1(hidden)@", repr(value))
+
+
+def has_password(value: Any) -> bool:
+    """Whether a text is a URL with a user or a password in it."""
+    return isinstance(value, str) and _USER_OF_URL.search(value) is not None

@@ -93,6 +93,8 @@ def read_config(path: str | Path) -> dict[str, Any]:
         raise ArgumentsError([f"{path} cannot be read: {error.strerror}"]) from None
     except UnicodeDecodeError as error:
         raise ArgumentsError([f"{path} is not UTF-8 text (byte {error.start}): save it as UTF-8"]) from None
+    if path.suffix in (".sh", ".bash"):
+        raise ArgumentsError([f"{path}: this is a shell script: hf-sft migrate turns it into a run file"])
     if not text.strip():
         raise ArgumentsError([f"{path} is empty: write an object of arguments, such as {{}}"])
     twice: list[str] = []
@@ -246,13 +248,11 @@ def parse_values(values: Mapping[str, Any]) -> Arguments:
 def _merge(
     from_file: Mapping[str, Any], from_line: Mapping[str, Any], problems: list[str]
 ) -> tuple[dict[str, Any], list[str]]:
-    """Translate old keys in each source, then let the command line win."""
-    file_values, file_notes, file_problems = translate(from_file)
-    line_values, line_notes, line_problems = translate(from_line)
-    problems += file_problems + line_problems
-    for values in (file_values, line_values):
-        values.pop("local_rank", None)  # the environment's LOCAL_RANK is what counts
-    return {**file_values, **line_values}, file_notes + line_notes
+    """Today's values, and a line for each old key; the command line wins."""
+    values, notes, found = translate(from_file, from_line)
+    problems += found
+    values.pop("local_rank", None)  # the environment's LOCAL_RANK is what counts
+    return values, notes
 
 
 def build_arguments(

@@ -23,12 +23,17 @@ from hf_sft.training.trainer import SFTTrainer
 TRAINERS: dict[str, type[SFTTrainer]] = {"sft": SFTTrainer, "pretrain": SFTTrainer, "dpo": DPOTrainer}
 
 
-def read_data_side(arguments: Arguments) -> tuple[Any, Objective]:
+def read_data_side(arguments: Arguments, *, whole_rows: bool = True) -> tuple[Any, Objective]:
     """The tokenizer, with the template of the training, and the objective: all that data are prepared with.
 
+    Args:
+        whole_rows: rows of up to ``max_seq_length`` tokens are to be made, which the model must have positions for.
+
     Raises:
-        ValueError: no template, or a mask token that texts may hold.
+        ValueError: too long rows, no template, or a mask token that texts may hold.
     """
+    if whole_rows:
+        _check_positions(arguments)
     tokenizer = load_tokenizer(arguments.model)
     data = arguments.data
     if data.task_type != "pretrain" and (has_template(tokenizer, data.first_template) or data.system_prompt):
@@ -36,7 +41,7 @@ def read_data_side(arguments: Arguments) -> tuple[Any, Objective]:
     return tokenizer, objective_of(arguments, tokenizer)
 
 
-def check_positions(arguments: Arguments) -> None:
+def _check_positions(arguments: Arguments) -> None:
     """Before anything is tokenised, where there is a config: data can be looked at with a tokenizer alone.
 
     Raises:

@@ -48,6 +48,13 @@ def make_folder(folder: Path) -> Path:
         "target_modules": ["q_proj", "v_proj"], "modules_to_save": None, "inference_mode": False,
     }  # fmt: skip
     (data / "adapter.json").write_text(json.dumps(adapter))
+    columns = {"messages": "conversations"}
+    named = {
+        "identity": {"file_name": "train.json", "formatting": "sharegpt", "columns": columns},
+        "talks": {"file_name": "train.jsonl"},
+        "held_out": {"file_name": "eval.json", "formatting": "sharegpt"},
+    }
+    (data / "dataset_info.json").write_text(json.dumps(named))
     for split in ("train", "eval"):
         write_arrow(data / f"{split}.arrow")
     write_flat_arrow(data / "uft.arrow")

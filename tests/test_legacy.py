@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import pytest
 
@@ -10,16 +11,16 @@ from hf_sft.arguments import GROUPS
 from hf_sft.legacy import ENVIRONMENT, LEGACY, LEGACY_VALUES, MODE_FLAGS, translate
 from hf_sft.legacy.rules import Only
 from hf_sft.legacy.table import ORIGINS
+from hf_sft.legacy.translate import STILL_FIELDS
 from hf_sft.parsing import ArgumentsError, parse_args, parse_values
 from hf_sft.training_arguments import TrainingArguments
 
 OWN = {entry.name for cls in GROUPS for entry in dataclasses.fields(cls)}
 ALL = OWN | ENVIRONMENT.keys() | {entry.name for entry in dataclasses.fields(TrainingArguments)}
-STILL_FIELDS = {"gradient_checkpointing", "gradient_checkpointing_kwargs"}  # deprecated, not gone, in transformers 5
 
 
 def test_table_points_from_old_names_to_existing_ones():
-    assert (LEGACY.keys() | MODE_FLAGS.keys()) & ALL == STILL_FIELDS
+    assert (LEGACY.keys() | MODE_FLAGS.keys()) & ALL == set(STILL_FIELDS)  # deprecated, not gone, in transformers 5
     assert {key for rule in LEGACY.values() for key in rule.keys} <= ALL
     assert LEGACY_VALUES.keys() <= ALL
     assert not LEGACY.keys() & MODE_FLAGS.keys()
@@ -56,9 +57,10 @@ def test_every_old_key_has_a_place_in_the_docs_and_a_reason_where_it_goes():
         ({"data_path": "a"}, {"train_file": "a"}),
         ({"train_data": "a", "eval_data_path": "b"}, {"train_file": "a", "eval_file": "b"}),
         ({"model_path": "m"}, {"model_name_or_path": "m"}),
-        ({"max_length": 5}, {"max_seq_length": 5}),
-        ({"model_max_length": 5}, {"max_seq_length": 5}),
-        ({"cutoff_len": 5}, {"max_seq_length": 5}),
+        *(
+            ({key: 5}, {"max_seq_length": 5, "overlength": "truncate"})
+            for key in ("max_length", "model_max_length", "cutoff_len", "max_seq_len", "seq_length")
+        ),
         ({"lora_r": 5}, {"lora_rank": 5}),
         ({"lr": 1e-4, "epochs": 2}, {"learning_rate": 1e-4, "num_train_epochs": 2}),
         ({"lora_target": "q_proj, v_proj"}, {"lora_target_modules": ["q_proj", "v_proj"]}),
@@ -91,8 +93,11 @@ def test_every_old_key_has_a_place_in_the_docs_and_a_reason_where_it_goes():
         ({"use_wandb": True, "report_to": "wandb"}, {"report_to": "wandb"}),
         ({"steps": None, "lr0": None, "wandb_team": None, "template_dir": None}, {}),
         ({"use_lora": True, "bit": 4}, {"train_mode": "qlora", "quantization": "nf4"}),
-        ({"batch_size": 4, "eval_batch_size": 8}, {"per_device_train_batch_size": 4, "per_device_eval_batch_size": 8}),
-        ({"batch_size": 4}, {"per_device_train_batch_size": 4, "per_device_eval_batch_size": 4}),
+        (
+            {"batch_size": 4, "eval_batch_size": 8},
+            {"per_device_train_batch_size": 4, "per_device_eval_batch_size": 8, "packing": False},
+        ),
+        ({"batch_size": 4}, {"per_device_train_batch_size": 4, "per_device_eval_batch_size": 4, "packing": False}),
         ({"eval_every": 50}, {"eval_strategy": "steps", "eval_steps": 50}),
         ({"use_wandb": True, "wandb_team": "t"}, {"report_to": ["wandb"], "wandb_entity": "t"}),
         ({"use_wandb": False, "wandb_run_name": "r"}, {"run_name": "r"}),
@@ -134,7 +139,10 @@ def test_every_old_key_has_a_place_in_the_docs_and_a_reason_where_it_goes():
         ({"rpo_alpha": 0.5, "dpo_label_smoothing": 0.1}, {"dpo_sft_weight": 0.5, "label_smoothing": 0.1}),
         ({"ref_model": "m"}, {"dpo_reference": "model", "reference_model_name_or_path": "m"}),
         ({"ref_model": None, "precompute_ref_log_probs": True}, {"dpo_reference": "precomputed"}),
-        ({"max_completion_length": 100, "max_length": 300}, {"max_answer_length": 100, "max_seq_length": 300}),
+        (
+            {"max_completion_length": 100, "max_length": 300},
+            {"max_answer_length": 100, "max_seq_length": 300, "overlength": "truncate"},
+        ),
         # lr0 and its kin
         (
             {"gradient_checkpointing": {"activate": False, "checkpoint_type": "hf_checkpoint"}},
@@ -164,7 +172,8 @@ def test_every_old_key_has_a_place_in_the_docs_and_a_reason_where_it_goes():
             {"eval_strategy": "steps", "eval_steps": 0.125, "num_train_epochs": 4, "eval_split": 9},
         ),
         ({"validation_step_interval_prop": 1}, {}),
-        ({"fast_validation_n": 8}, {"max_eval_samples": 8}),
+        ({"fast_validation_n": 8}, {}),
+        ({"fast_validation_n": 8, "eval_split": 9}, {"max_eval_samples": 8, "eval_split": 9}),
         ({"pad_token_id": "add"}, {}),
         ({"pad_token_id": 5, "cls_token_id": "add"}, {}),
         ({"project": "out/", "name": "a"}, {"output_dir": "out/a"}),
@@ -205,8 +214,9 @@ def test_translations(old, new):
     assert values == new
     assert problems == []
     lived = old.keys() & (LEGACY.keys() | LEGACY_VALUES.keys() | MODE_FLAGS.keys())
-    assert len(notes) == len(lived)
-    assert all(note.startswith(tuple(lived)) for note in notes if " is " in note)
+    implied = values.keys() & {"packing", "overlength"}
+    assert len(notes) == len(lived) + len(implied)
+    assert all(note.startswith((*lived, *implied)) for note in notes if " is " in note)
 
 
 def test_lists_in_one_word_and_empty_values():
@@ -322,7 +332,7 @@ def test_flags_say_the_train_mode(flags, mode):
         {"lrf": 2},
         {"model": "gemma", "model_size": "2b"},
         {"batch_size": 128, "micro_batch_size": 4},
-        {"fast_validation_n": 0.5},
+        {"fast_validation_n": 0.5, "eval_split": 9},
         {"finetuning_type": "freeze"},
         {"data_train_type": ["qa", "ar"]},
         {"warmup_epochs": 5, "epochs": 2},
@@ -365,3 +375,40 @@ def test_problems_of_old_and_new_keys_come_together():
     first, second = caught.value.problems
     assert first.startswith("q_lora is true, and train_mode says 'full'")
     assert second.startswith("train_sampling_strategy is 'group_by_length'")
+
+
+def test_passwords_in_addresses_are_neither_taken_nor_shown(tmp_path, capsys):
+    """Neither by a run nor by migrate, under the old name and under today's."""
+    from hf_sft.cli import main
+
+    for key in ("wandb_host", "wandb_base_url"):
+        old = tmp_path / f"{key}.json"
+        old.write_text(
+            json.dumps({"model_path": "m", "train_data": "d", "output_dir": "o", key: "https://me:geheim@host"})
+        )
+        with pytest.raises(ArgumentsError) as raised:
+            parse_args([str(old)])
+        assert "set WANDB_BASE_URL in the environment" in str(raised.value) and "geheim" not in str(raised.value)
+        assert main(["migrate", str(old), str(tmp_path / "new.yaml")]) != 0
+        captured = capsys.readouterr()
+        assert "geheim" not in captured.out + captured.err and not (tmp_path / "new.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    ("old", "sentence"),
+    [
+        (
+            {"fsdp_train": True, "fsdp_hyperparameters": {"transformer_based": 3}},
+            "transformer_based in it must be an object",
+        ),
+        ({"fsdp_train": True, "fsdp_hyperparameters": 3}, "it must be an object"),
+    ],
+)
+def test_objects_of_another_shape(old, sentence):
+    assert any(sentence in problem for problem in translate(old)[2])
+
+
+def test_samples_for_an_evaluation_that_is_not_there():
+    values, notes, problems = translate({"lr0": 1e-3, "fast_validation_n": 2})
+    assert "max_eval_samples" not in values and not problems
+    assert any("no evaluation data are named" in note for note in notes)

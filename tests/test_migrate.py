@@ -12,6 +12,7 @@ import pytest
 
 from hf_sft import cli
 from hf_sft.conversion import is_secret
+from hf_sft.legacy.shell import flags_of_script
 from hf_sft.legacy.table import page
 from hf_sft.parsing import parse_args
 
@@ -147,6 +148,8 @@ def test_files_that_are_in_the_way(tmp_path, capsys):
     [
         ("echo hello\n", "no command with flags"),
         ("python a.py --lr 1\npython b.py --lr 2\n", "2 commands with flags"),
+        ("case $1 in\n  -m | --model ) shift; DATA=$1 ;;\nesac\npython a.py --data_path $DATA\n", "say what $DATA is"),
+        ("echo 'python a.py --lr 1'\necho python a.py --lr 1\n", "no command with flags"),
         ("python a.py --data_path x$DATA\n", "the script does not say what $DATA is"),
         (f"python a.py --lr '1\n--wandb_key {SECRET}", "a quote that is opened in the last 2 lines is never closed"),
     ],
@@ -158,6 +161,36 @@ def test_scripts_that_say_too_little(script, sentence, tmp_path, capsys):
     err = capsys.readouterr().err
     assert sentence in err
     assert SECRET not in err
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        "CUDA_VISIBLE_DEVICES=0 nohup python3.11 a.py --lr 1 > log.txt 2>&1 &\n",
+        "cd there && exec torchrun --nproc_per_node 2 a.py --lr 1 | tee log\n",
+        "cd there; /opt/bin/python -m a --lr 1\n",
+        'if [ -z "$1" ]; then srun -n 2 python a.py --lr 1 "$@" ; fi\n',
+        "LAUNCHER='accelerate launch'\nenv A=1 $LAUNCHER a.py --lr 1\n",
+        "cat <<'END'\nit's: python b.py --lr 2\nEND\n./a.py --lr 1\n",
+        "LR=1\nwhile [[ $1 ]]; do\ncase $1 in\n-l | --lr )\nshift\nLR=$1\n;;\nesac\nshift\ndone\ndeepspeed a.py --lr $LR\n",
+        "if ! uv run a.py --lr 1 ; then exit 1; fi\n",
+        "LR=${1:-1}\npython a.py --lr $LR\n",
+    ],
+)
+def test_commands_of_scripts(script):
+    assert flags_of_script(script) == ["--lr", "1"]
+
+
+def test_what_old_scripts_did_without_a_key_is_a_comment(tmp_path):
+    new = tmp_path / "new.yaml"
+    assert cli.main(["migrate", str(old_runs.sample("llama-factory-sft.yaml")), str(new)]) == 0
+    text = new.read_text()
+    assert (
+        "# packing: a batch is of records there; packing true takes several documents per row and trains faster" in text
+    )
+    assert "\npacking: false\n" in text
+    assert "# overlength: records that are longer are cut, as there\noverlength: truncate\n" in text
+    assert '(as dataset_info.json says)\ntrain_file: ["data/train.json", "data/train.jsonl"]\n' in text
 
 
 def test_words_that_yaml_would_read_otherwise_are_quoted(tmp_path):

@@ -75,6 +75,15 @@ def test_sample_with_deepspeed_trains_and_loads(here):
     check_saved("full", here / "output/deepspeed")
 
 
+def test_an_epoch_has_the_steps_that_it_had(here, tmp_path, capfd):
+    """24 records, 2 in a batch; the bins of packed documents would be far fewer."""
+    words = [str(old_runs.sample("llama-factory-dpo.yaml")), "--per_device_train_batch_size", "2", "--max_steps", "-1",
+             "--num_train_epochs", "1", "--output_dir", str(tmp_path), "--save_strategy", "no"]  # fmt: skip
+    assert main(words) == 0
+    assert json.loads((tmp_path / "trainer_state.json").read_text())["global_step"] == 12
+    assert "packing is now false: a batch is of records there" in capfd.readouterr().err
+
+
 def test_what_the_samples_say(here):
     """The meaning of each style, in today's words."""
     firefly = parse_args(old_runs.words(old_runs.sample("firefly.json")))
@@ -92,6 +101,10 @@ def test_what_the_samples_say(here):
     assert (qwen.model.train_mode, qwen.lora.lora_target_modules) == ("lora", ["q_proj", "k_proj", "v_proj"])
     assert (qwen.data.max_seq_length, qwen.data.lazy_preprocess) == (256, True)
     assert qwen.lora.adapter_name_or_path is None
+
+    assert (qwen.data.packing, qwen.data.overlength) == (False, "truncate")
+    options = parse_args(old_runs.words(old_runs.sample("qwen-options.sh")))
+    assert (options.model.model_name_or_path, options.data.train_file) == ("models/qwen2", "data/train.json")
 
     pygmalion = parse_args(old_runs.words(old_runs.sample("pygmalion.sh")))
     assert pygmalion.lora.lora_target_modules == ["query_key_value", "dense"]

@@ -98,11 +98,10 @@ def _check(options: argparse.Namespace, rest: Sequence[str]) -> None:
 
 def _inspect(arguments: Any, options: argparse.Namespace) -> Inspection:
     from hf_sft.inspection import inspect_data
-    from hf_sft.tasks import check_positions, read_data_side
+    from hf_sft.tasks import read_data_side
 
     notes = _settle(arguments.data)
     asked = replace(arguments.data)
-    check_positions(arguments)
     tokenizer, objective = read_data_side(arguments)
     prepared = _prepare(arguments, tokenizer, objective)
     if options.split is not None and options.split not in prepared:

@@ -121,7 +121,7 @@ def _documents(
     arguments = parse_data_run(options, rest, *words)
     if arguments.data.objective != "wedlm":
         raise ValueError(f"objective is {arguments.data.objective}, and the masks are WeDLM's: add --objective wedlm")
-    tokenizer, objective = read_data_side(arguments)
+    tokenizer, objective = read_data_side(arguments, whole_rows=False)
     rules, seed = objective.row_rules(evaluation=False), arguments.training.seed
     prepared = prepare_dataset(arguments.data.train_file, tokenizer, data=arguments.data, rules=rules, seed=seed)
     bins = Bins(prepared.rows, None)

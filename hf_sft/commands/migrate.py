@@ -97,11 +97,10 @@ def migrate(from_file: Mapping[str, Any], from_line: Mapping[str, Any], problems
     from hf_sft.legacy import ENVIRONMENT, translate_source
     from hf_sft.parsing import build_arguments, field_hints
 
-    file, line = translate_source(from_file), translate_source(from_line)
-    found = [*problems, *file.problems, *line.problems]
-    values = {**file.values, **line.values}
+    translation = translate_source(from_file, from_line)
+    found, values = [*problems, *translation.problems], translation.values
     values.pop("local_rank", None)  # the environment says it
-    values = {key: values[key] for key in _order([*from_file, *from_line], [*file.entries, *line.entries], values)}
+    values = {key: values[key] for key in _order([*from_file, *from_line], translation.entries, values)}
     hints, limits = field_hints()
     checked = {key: value for key, value in values.items() if key not in _OF_THE_MACHINE}
     checked["use_cpu"] = True
@@ -117,7 +116,7 @@ def migrate(from_file: Mapping[str, Any], from_line: Mapping[str, Any], problems
         for key, value in values.items()
         if key not in left_out
     }
-    return Migrated(typed, [*file.entries, *line.entries], left_out)
+    return Migrated(typed, translation.entries, left_out)
 
 
 def _order(keys: Iterable[str], entries: Sequence[Entry], values: Mapping[str, Any]) -> list[str]:
@@ -160,6 +159,8 @@ def _read_old(old: str | None, flags: list[str] | None) -> tuple[dict[str, Any],
             flags = flags_of_script(Path(old).read_text(encoding="utf-8-sig"))
         except OSError as error:
             raise ValueError(f"{old} cannot be read: {error.strerror}") from None
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{old} is not UTF-8 text (byte {error.start}): name the script itself") from None
         except ValueError as error:
             raise ValueError(f"{old}: {error}") from None
     problems: list[str] = []

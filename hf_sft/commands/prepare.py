@@ -18,14 +18,13 @@ def main(argv: Sequence[str]) -> int:
     from hf_sft.data.bins import Bins
     from hf_sft.data.prepared import check_new_folder, identity, save_prepared
     from hf_sft.data.rows import Encoding
-    from hf_sft.tasks import check_positions, packing_of, prepare_data, read_data_side
+    from hf_sft.tasks import packing_of, prepare_data, read_data_side
 
     check_new_folder(options.output_dir)
     arguments = parse_data_run(options, rest)
     log_to_terminal(arguments.training)
     if arguments.data.is_live:
         raise ValueError("streaming and lazy_preprocess tokenise while the model trains: leave them out of prepare")
-    check_positions(arguments)
     tokenizer, objective = read_data_side(arguments)
     prepared = prepare_data(arguments, tokenizer, objective)
     identities: dict[str, Any] = {}

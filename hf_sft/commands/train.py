@@ -40,7 +40,7 @@ def run(arguments: Any) -> int:
     from hf_sft.models.loading import load_model
     from hf_sft.models.sharded import summary
     from hf_sft.models.vocabulary import added_token_ids
-    from hf_sft.tasks import build_trainer, check_positions, packing_of, read_data_side, training_data
+    from hf_sft.tasks import build_trainer, packing_of, read_data_side, training_data
     from hf_sft.training.failures import meet
     from hf_sft.training.resuming_trainer import find_checkpoint
     from hf_sft.training.together import raised_together
@@ -56,7 +56,6 @@ def run(arguments: Any) -> int:
             logger.info("changed since %s: %s", checkpoint, line)
     set_seed(training.seed)
 
-    check_positions(arguments)
     tokenizer, objective = read_data_side(arguments)
     prepared = training_data(arguments, tokenizer, objective)
     _tell_data(prepared)

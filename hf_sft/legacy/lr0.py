@@ -207,22 +207,28 @@ def _scheduler(value: Any, values: Values) -> Any:
     return Gone("lrf names the schedule") if "lrf" in values else value
 
 
+_EVALUATION = ("eval_file", "eval_data_path", "eval_data", "validation_file", "eval_split", "val_size")
+_NO_EVALUATION = Gone("no evaluation data are named")
+
+
 def _validation_interval(value: Any, values: Values) -> Any:
     """A share of an epoch."""
     share = typed(value, float)
     if not 0 < share <= 1:
         raise ValueError("a share of an epoch lies in (0, 1]")
-    if not asks(values, "eval_file", "eval_data_path", "eval_data", "validation_file", "eval_split", "val_size"):
-        return Gone("no evaluation data are named")
+    if not asks(values, *_EVALUATION):
+        return _NO_EVALUATION
     epochs = values.get("epochs") if _counts("epoch", values) else None
     if share == 1 or epochs is None:
         return Several({"eval_strategy": "epoch"})
     return Several({"eval_strategy": "steps", "eval_steps": share / typed(epochs, float)})
 
 
-def _records(value: Any) -> Any:
+def _records(value: Any, values: Values) -> Any:
     if is_none(value):
         return DROP
+    if not asks(values, *_EVALUATION):
+        return _NO_EVALUATION
     number = typed(value, float)
     if number < 1 or not number.is_integer():
         raise ValueError("it is a number of records: use a whole number from 1 on")
@@ -250,7 +256,10 @@ def _fsdp(value: Any, values: Values) -> Any:
     config: dict[str, Any] = {}
     if flag(value.get("cpu_offload", False)):
         config["cpu_offload"] = True
-    layers = (value.get("transformer_based") or {}).get("fsdp_layer_cls")
+    wrapped = value.get("transformer_based") or {}
+    if not isinstance(wrapped, dict):
+        raise ValueError("transformer_based in it must be an object")
+    layers = wrapped.get("fsdp_layer_cls")
     if value.get("wrap_policy") == "transformer_based" and layers:
         config["transformer_layer_cls_to_wrap"] = names(layers)
     new: dict[str, Any] = {"fsdp_config": config} if config else {}
@@ -342,7 +351,7 @@ LR0: dict[str, Old] = {
     ),
     "common": Old(None, note="losses and learning rate are always logged"),
     "metrics": Old(None, note="an evaluation measures loss, perplexity and token accuracy"),
-    "fast_validation_n": Old("max_eval_samples", _records, doc="a number of records, not a share"),
+    "fast_validation_n": Old("max_eval_samples", seeing=_records, doc="a number of records, not a share"),
     "fast_validation_step_interval": Old(
         None, note="an evaluation takes every batch; max_eval_samples makes it shorter"
     ),

@@ -7,8 +7,15 @@ import shlex
 from collections.abc import Iterator
 
 _ASSIGNMENT = re.compile(r"^(?:export\s+)?([A-Za-z_]\w*)=(\S.*)?$", re.DOTALL)
-_VARIABLE = re.compile(r"\$(?:\{([A-Za-z_]\w*)(?::?-([^}]*))?\}|([A-Za-z_]\w*))")
+_VARIABLE = re.compile(r"\$(?:\{(\w+)(?::?-([^}]*))?\}|([A-Za-z_]\w*))")
 _UNKNOWN = re.compile(r"\$\{?\w+\}?|\$\(|`")  # names alone: a word may hold a secret
+_ARGUMENT = re.compile(r"\$(?:\{\d+\}|[\d@*#])")  # a word of the script's own command line
+_HEREDOC = re.compile(r"(?<!<)<<-?[ \t]*['\"]?([A-Za-z_]\w*)['\"]?[^\n]*\n.*?^\s*\1[ \t]*$", re.DOTALL | re.MULTILINE)
+_LAUNCHER = re.compile(r"(.*/)?(python[\d.]*|torchrun|deepspeed|accelerate(-launch)?)|.*\.py")
+_BEFORE = ("exec", "eval", "nohup", "time", "env", "srun", "mpirun", "numactl", "sudo", "uv", "conda", "poetry")
+_OPENING = ("{", "(", "!", "if")
+_BETWEEN = ("&&", "||", ";", "|", "&", "then", "do", "else")
+_OUTPUT = re.compile(r"(\d*|&)>.*", re.DOTALL)
 _REST = ("$@", "$*", '"$@"', "${@}")
 
 
@@ -22,15 +29,17 @@ def flags_of_script(text: str) -> list[str]:
     """
     known: dict[str, str] = {}
     commands: list[list[str]] = []
-    for line in _lines(re.sub(r"\\[ \t]*\n", " ", text)):
+    for line in _lines(_HEREDOC.sub("", re.sub(r"\\[ \t]*\n", " ", text))):
         words = shlex.split(_put_in(line, known), comments=True)
         if match := _ASSIGNMENT.match(line):
             value = shlex.split(_put_in(match[2] or "", known), comments=True)
             if len(value) <= 1:
-                known[match[1]] = value[0] if value else ""
+                if not _ARGUMENT.search(match[2] or ""):  # an option parser changes what stands above it, or nothing
+                    known[match[1]] = value[0] if value else ""
                 continue
-        if (flags := flags_of_command(words)) is not None:
-            commands.append(flags)
+        for command in _commands(words):
+            if (flags := flags_of_command(command)) is not None:
+                commands.append(flags)
     if not commands:
         raise ValueError(
             "no command with flags after a Python script (... train.py --key value): give the flags after --"
@@ -51,6 +60,23 @@ def flags_of_command(words: list[str]) -> list[str] | None:
         starts = [n + 1 for n, word in enumerate(words[:-1]) if word == "-m"]
     flags = words[starts[-1] + 1 :] if starts else []
     return [word for word in flags if word not in _REST] if any(word.startswith("--") for word in flags) else None
+
+
+def _commands(words: list[str]) -> Iterator[list[str]]:
+    """The commands of a line that start Python, each from there on; neither those that print nor patterns of ``case``."""
+    command: list[str] = []
+    for word in [*words, ";"]:
+        launched = bool(command) and _LAUNCHER.fullmatch(command[0]) is not None
+        if word not in _BETWEEN and (launched or not word.endswith(";")):
+            command.append(word)
+            continue
+        while command and (_ASSIGNMENT.match(command[0]) or command[0] in _OPENING):
+            command.pop(0)
+        if command and command[0] in _BEFORE:
+            command = next((command[n:] for n, each in enumerate(command) if _LAUNCHER.fullmatch(each)), [])
+        if command and _LAUNCHER.fullmatch(command[0]):
+            yield command[: next((n for n, each in enumerate(command) if _OUTPUT.fullmatch(each)), None)]
+        command = []
 
 
 def _put_in(text: str, known: dict[str, str]) -> str:

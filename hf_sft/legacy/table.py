@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from hf_sft.legacy.hugging_face import HUGGING_FACE
+from hf_sft.legacy.llama_factory import LLAMA_FACTORY
 from hf_sft.legacy.lr0 import LR0
 from hf_sft.legacy.preferences import PREFERENCES
 from hf_sft.legacy.rules import Old
@@ -27,6 +28,19 @@ an unknown key is an error that names the nearest one. To have the new names in 
 The new file has a comment beside each key that was called otherwise and, at its end, the keys that have no counterpart, with the
 reason; a `.json` has no comments, so they are printed. It gives the same arguments as the old one and parses without a line. A
 file that exists is never written over. Secrets (`wandb_key`, `hub_token`) are neither written nor logged.
+
+Two things that older scripts do without a key for them:
+
+- A batch is of records there; here `per_device_train_batch_size` counts rows, each with several documents. A file (or a command
+  line) with an old key and a batch size for training becomes `packing: false`, so that it takes as many steps as it did. Training
+  is faster with `packing: true`, which is never changed; the steps are then fewer and larger.
+- `cutoff_len`, `model_max_length`, `max_length`, `max_seq_len` and `seq_length` cut longer records, and so does Firefly's
+  `max_seq_length` (beside `template_name` or `tokenize_num_workers`): they become `overlength: truncate`, where `overlength` says
+  nothing else. By default, longer records are dropped.
+
+Neither holds for texts (`task_type: pretrain`), which are packed and split, and for WeDLM, whose two streams need a packed
+layout; nor is packing touched where `attention_backend` names one that packs. A key on the command line replaces the file's key
+of the same name, and wins over another name for it.
 
 This page is made from the table in `hf_sft/legacy` (`hf-sft migrate --table`).
 """
@@ -91,7 +105,7 @@ ORIGINS: list[tuple[str, str, Iterable[str]]] = [
     (
         "Other keys of many scripts",
         "LLaMA-Factory, Alpaca-LoRA and others.",
-        [key for key in (*MODE_FLAGS, *SCRIPTS) if key not in {*_FIREFLY, *_QWEN, *_PYGMALION, *LR0}],
+        [key for key in (*LLAMA_FACTORY, *MODE_FLAGS, *SCRIPTS) if key not in {*_FIREFLY, *_QWEN, *_PYGMALION, *LR0}],
     ),
 ]
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from hf_sft.conversion import convert, show
+from hf_sft.conversion import convert, has_password, show
 from hf_sft.legacy.rules import Old, Several, Values, flag, is_none, unless_none
 
 # Keys that a file may have beside the arguments. They are no part of args.json.
@@ -41,6 +41,11 @@ def take_environment(values: dict[str, Any], problems: list[str]) -> dict[str, s
     for key, variable in ENVIRONMENT.items():
         value = values.pop(key, None)
         if is_none(value):
+            continue
+        if has_password(value):
+            problems.append(
+                f"{key} is {show(key, value)}: set {variable} in the environment, so that no file holds a password"
+            )
             continue
         try:
             found[variable] = convert(value, str)
