@@ -640,6 +640,7 @@ def test_two_processes_learn_what_one_does(tmp_path) -> None:
         "lora": {**LORA, "dpo_reference": "adapter_off"},
         "cached": {**LORA, "dpo_reference": "precomputed"},
         "full": {"dpo_sft_weight": 0.5},
+        "other": {"model_name_or_path": tiny.save_tiny(tmp_path / "other", seed=9)},  # with the same cache
     }
 
     def values(name: str, engine: str, processes: int) -> dict:
@@ -659,6 +660,8 @@ def test_two_processes_learn_what_one_does(tmp_path) -> None:
                 before, after = (torch.tensor(runs.history(folder, key)) for folder in (one, two))
                 torch.testing.assert_close(after, before, rtol=0, atol=WITHIN, msg=f"{engine} {name} {key}")
             assert furthest(runs.weights(one), runs.weights(two)) <= WITHIN
+            if name != "full":
+                assert runs.history(two)[0] == pytest.approx(np.log(2), abs=1e-5), "the reference is the model's own"
             results = [json.loads((folder / "eval_results.json").read_text()) for folder in (one, two)]
             assert results[1]["eval_rewards/margins"] == pytest.approx(results[0]["eval_rewards/margins"], abs=1e-4)
     assert runs.history(tmp_path / "one" / "lora", "rewards/margins")[-1] > 0.1

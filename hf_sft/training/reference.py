@@ -149,7 +149,7 @@ def adapter_off_problem(model: nn.Module) -> str | None:
 def is_new_adapter(model: PeftModel) -> bool:
     """Whether the adapter changes nothing yet, as far as can be told: each update B A has a factor that is all zeros."""
     factors = [
-        whole(parameter.detach())
+        whole(parameter)  # not detached: an engine knows what it has partitioned by the parameter itself
         for name, parameter in model.named_parameters()
         if "lora_B." in name or "lora_embedding_A" in name
     ]
@@ -167,12 +167,12 @@ def _replaced(model: PeftModel) -> Iterator[tuple[Tensor, Tensor]]:
             yield from zip(copies[name].parameters(), original.parameters(), strict=True)
         rows: Any = getattr(module, "trainable_tokens_delta", None)
         if rows is not None and name in rows:
-            weight = whole(cast(Any, module).get_base_layer().weight.detach())
+            weight = whole(cast(Any, module).get_base_layer().weight)
             yield rows[name], weight[cast(Any, module).token_indices[name]]
 
 
 def _same(own: Tensor, base: Tensor) -> bool:
-    own, base = whole(own.detach()), whole(base.detach())
+    own, base = whole(own), whole(base)
     return bool(torch.equal(own.to(base.dtype), base.to(own.device)))
 
 
@@ -188,7 +188,7 @@ def _fingerprint(model: nn.Module) -> str:
         digest.update(json.dumps(fields, sort_keys=True, default=str).encode())
     main = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
     for name, parameter in [*model.named_parameters(), *model.named_buffers()]:
-        tensor = whole(parameter.detach())
+        tensor = whole(parameter)
         if main:
             state = getattr(parameter, "quant_state", None)
             for each in (tensor, *(() if state is None else state.as_dict(packed=True).values())):
