@@ -53,12 +53,16 @@ def own_data_cache(tmp_path_factory, monkeypatch) -> None:
 
 @pytest.fixture(autouse=True)
 def own_logger_state() -> Iterator[None]:
-    """Commands set up the terminal's log for their process; a test leaves it as it was."""
-    logger = logging.getLogger("hf_sft")
-    before = logger.level, list(logger.handlers), logger.propagate
+    """Commands set up the terminal's log for their process; every test begins and ends without it."""
+    _quiet_logger()
     yield
-    logger.setLevel(before[0])
-    logger.handlers, logger.propagate = before[1:]
+    _quiet_logger()
+
+
+def _quiet_logger() -> None:
+    logger = logging.getLogger("hf_sft")
+    logger.setLevel(logging.NOTSET)
+    logger.handlers, logger.propagate = [], True
 
 
 @pytest.fixture
