@@ -134,7 +134,8 @@ def fit_pair(
     Raises:
         EncodingError: a side is too long, and ``overlength`` is ``error``.
     """
-    sides = [cut_side(side, max_prompt, max_answer) for side in sides_of(row)]
+    whole = sides_of(row)
+    sides = [cut_side(side, max_prompt, max_answer) for side in whole]
     longest = max(len(side["input_ids"]) for side in sides)
     if longest > max_length:
         if overlength == "error":
@@ -150,7 +151,7 @@ def fit_pair(
     if sides[0] == sides[1] or not all(learned):
         counts.unsupervised += 1
         return []
-    counts.truncated += sum(learned) < sum(supervised_tokens(side["labels"]) for side in sides_of(row))
+    counts.truncated += sum(learned) < sum(supervised_tokens(side["labels"]) for side in whole)
     counts.kept += 1
     counts.count(sides)
     return [pair_row(*sides)]

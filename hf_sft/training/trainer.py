@@ -203,7 +203,7 @@ class SFTTrainer(CheckpointTrainer):
         loss = self.routers.loss(routed, inputs["attention_mask"] if "doc_ids" not in inputs else None)
         if not inputs["num_tokens"]:  # what fills up a step has nothing to say of balance
             return 0.0 * loss
-        (self._train_sums if model.training else self._eval_sums).add_router_loss(loss)
+        self._train_sums.add_router_loss(loss)
         return self.router_loss_coefficient * loss
 
     @cached_property
