@@ -6,6 +6,7 @@ steps, and whatever is opened for writing, linked, renamed or removed below outp
 
 from __future__ import annotations
 
+import faulthandler
 import io
 import json
 import os
@@ -13,6 +14,7 @@ import random
 import shutil
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections import Counter
@@ -25,6 +27,7 @@ import runs
 import safetensors.torch
 import torch
 from peft import peft_model
+from tqdm import tqdm
 from transformers import TrainerCallback, modeling_utils
 
 import hf_sft.tasks
@@ -36,6 +39,7 @@ MODES = {"lora": {"train_mode": "lora", "lora_rank": 4, "lora_dropout": 0.1, "dt
 # How many of the named points are drawn from each kind.
 DRAWN = {"step": 2, "write": 5, "open": 3, "rename": 2, "renamed": 2, "remove": 2, "link": 1, "result": 3}
 RANDOM_MOMENTS = 10
+LIMIT = 120  # seconds of one run, of which it needs two: one that hangs says where
 
 
 def arguments(folder: Path, mode: str) -> dict[str, Any]:
@@ -126,6 +130,7 @@ def forked(log: Path, function: Callable[..., None], *arguments: Any) -> int:
     code = 1
     try:
         with log.open("a") as file, redirect_stdout(file), redirect_stderr(file):
+            faulthandler.dump_traceback_later(LIMIT, exit=True, file=file)
             try:
                 function(*arguments)
                 code = 0
@@ -248,7 +253,14 @@ def chosen(points: list[str], rng: random.Random) -> Iterator[tuple[str, int]]:
         yield from rng.sample([entry for entry in numbered if kind(entry[0]) == name], number)
 
 
+def unshare_progress_bars() -> None:
+    """By default tqdm locks with a semaphore that forks share: one killed while it draws would hold it for ever, for all."""
+    tqdm.set_lock(threading.RLock())
+    tqdm.monitor_interval = 0  # no thread that could hold it in the moment of a fork
+
+
 def main(folder: Path) -> None:
+    unshare_progress_bars()
     rng = random.Random(SEED)
     log = folder / "log"
     undisturbed, points, seconds = {}, {}, {}
@@ -279,7 +291,9 @@ def main(folder: Path) -> None:
         place = {**values[mode], "output_dir": str(folder / f"moment-{number}")}
         read, write = os.pipe()
         pid = forked(log, announce, place, write)
-        os.read(read, 1)
+        os.close(write)
+        assert os.read(read, 1), log.read_text()  # nothing, where it ended before its first step
+        os.close(read)
         delay = rng.uniform(0, seconds[mode])
         time.sleep(delay)
         os.kill(pid, signal.SIGKILL)
