@@ -16,6 +16,7 @@ from test_terminal import HOSTILE
 from hf_sft import pages
 from hf_sft.data.cache import write_file
 from hf_sft.inspection import Inspection
+from hf_sft.inspection.page import inspection_page
 from hf_sft.pages import Bars, Details, Facts, Grid, Lines, Notice, Notices, Section, Series, Table, Text, render_page
 
 VOID = {"meta", "br", "hr", "input", "img", "link"}
@@ -176,7 +177,7 @@ def inspection(**options) -> Inspection:
 
 
 def test_the_page_of_an_inspection() -> None:
-    html = pages.inspection_page(inspection(rows={"train": [0]}, report=bad(2), data=args(bad_records="skip")))
+    html = inspection_page(inspection(rows={"train": [0]}, report=bad(2), data=args(bad_records="skip")))
     page = read(html)
     sample = page.text[page.text.index("asked for: row 0") :].split("\n", 1)[1]
     assert sample.startswith(TOKENIZER.decode(chat("Hi <b>", "H\u00e9 & \U0001f642\n", "x", "</pre>")["input_ids"]))
@@ -185,7 +186,7 @@ def test_the_page_of_an_inspection() -> None:
     assert "train.jsonl, line 3: broken" in page.text and "40 with" not in page.text
     assert "document 0: row" in page.text and "Rows of eval" in page.text
     assert '<i class="s" title="256">&lt;|im_end|&gt;</i></mark>' in html and "<u></u>" in html
-    assert "Nothing that usually goes wrong" in read(pages.inspection_page(look(sound()))).text
+    assert "Nothing that usually goes wrong" in read(inspection_page(look(sound()))).text
 
 
 def test_a_record_of_ten_megabytes_makes_no_large_page() -> None:
@@ -195,7 +196,7 @@ def test_a_record_of_ten_megabytes_makes_no_large_page() -> None:
     assert len(large["input_ids"]) > 9_000_000
     report = {**bad(3), "formats": {"x" * 10**6: 41}, "sources": [{"source": "y" * 10**6}] * 2}
     report["bad"] = {"count": 1, "reasons": {"r" * 10**6: 1}, "examples": ["e" * 10**6] * 10}
-    html = pages.inspection_page(look([large, *sound()], packing=False, report=report))
+    html = inspection_page(look([large, *sound()], packing=False, report=report))
     read(html)
     assert len(html) < 400_000
 
@@ -214,7 +215,7 @@ def test_a_browser_has_nothing_to_complain_of(tmp_path) -> None:
     if browser is None:
         pytest.skip("no Chromium is installed")
     sections = everything(EVIL, [1.0, math.nan, 2.0, 3.0] * 300)
-    for name, html in (("a", pages.inspection_page(inspection())), ("b", render_page("x", sections))):
+    for name, html in (("a", inspection_page(inspection())), ("b", render_page("x", sections))):
         page, picture = write_file(tmp_path / f"{name}.html", html), tmp_path / f"{name}.png"
         words = [
             "--headless=new",

@@ -54,7 +54,7 @@ def data(words: Sequence[str]) -> int:
         _write_json(options.json, inspection)
     if options.html is not None:
         from hf_sft.data.cache import write_file
-        from hf_sft.pages import inspection_page
+        from hf_sft.inspection.page import inspection_page
 
         print(f"Page: {write_file(options.html, inspection_page(inspection))}")
     return int(options.strict and any(finding.severity == "error" for finding in inspection.findings))
