@@ -4,7 +4,7 @@ from setuptools import find_packages, setup
 
 QUANT = ["bitsandbytes>=0.49"]
 DEEPSPEED = ["deepspeed>=0.18"]
-METRICS = ["sacrebleu>=2.4", "rouge-score>=0.1.2", "nltk>=3.9", "rapidfuzz>=3.9"]
+METRICS = ["sacrebleu[ja]>=2.4", "rouge-score>=0.1.2", "nltk>=3.9", "rapidfuzz>=3.9"]
 LOGGING = ["tensorboard>=2.18"]
 PLOT = ["matplotlib>=3.9"]
 DEV = [
@@ -16,7 +16,7 @@ DEV = [
     "mypy>=1.11",
     "trl>=1.14",
 ]
-DEV += LOGGING + PLOT + DEEPSPEED  # written to, drawn by and run by tests
+DEV += LOGGING + PLOT + METRICS + DEEPSPEED  # written to, drawn by, measured with and run by tests
 
 setup(
     name="hf-sft",

@@ -19,8 +19,11 @@ _EXPORTS = {
     "DPOArguments": "hf_sft.arguments",
     "DPOTrainer": "hf_sft.training.dpo",
     "DataArguments": "hf_sft.arguments",
+    "EMAArguments": "hf_sft.arguments",
+    "EvaluationArguments": "hf_sft.arguments",
     "LoraArguments": "hf_sft.arguments",
     "ModelArguments": "hf_sft.arguments",
+    "MonitoringArguments": "hf_sft.arguments",
     "SFTTrainer": "hf_sft.training.trainer",
     "TrainingArguments": "hf_sft.training_arguments",
     "WeDLMArguments": "hf_sft.arguments",
@@ -37,7 +40,16 @@ _EXPORTS = {
 }
 
 if TYPE_CHECKING:
-    from hf_sft.arguments import DataArguments, DPOArguments, LoraArguments, ModelArguments, WeDLMArguments
+    from hf_sft.arguments import (
+        DataArguments,
+        DPOArguments,
+        EMAArguments,
+        EvaluationArguments,
+        LoraArguments,
+        ModelArguments,
+        MonitoringArguments,
+        WeDLMArguments,
+    )
     from hf_sft.collators import CausalCollator, WeDLMCollator
     from hf_sft.data.chat import encode_conversation
     from hf_sft.data.packing import pack_documents
@@ -55,8 +67,11 @@ __all__ = [
     "DPOArguments",
     "DPOTrainer",
     "DataArguments",
+    "EMAArguments",
+    "EvaluationArguments",
     "LoraArguments",
     "ModelArguments",
+    "MonitoringArguments",
     "SFTTrainer",
     "TrainingArguments",
     "WeDLMArguments",

@@ -282,5 +282,78 @@ class DPOArguments:
     )
 
 
+@dataclass
+class EvaluationArguments:
+    """What is evaluated beside the loss, and when training ends early."""
+
+    _argument_group_name = "evaluation"
+
+    generation_eval_steps: int | None = arg(
+        None,
+        "Answer evaluation prompts after every N optimizer steps and in the last evaluation, and score the answers; 0: in every "
+        "evaluation. Default: nothing is generated.",
+    )
+    generation_eval_samples: int = arg(32, "The number of evaluation prompts that are answered: the first ones.")
+    generation_batch_size: int = arg(8, "Prompts that a process answers at the same time.")
+    generation_max_new_tokens: int = arg(256, "Longest answer, in tokens, its end of turn included.")
+    max_generation_seconds: float | None = arg(
+        None, "Begin no further batch of answers after so many seconds; what was answered by then is scored."
+    )
+    generation_metrics: list[str] = arg(
+        [],
+        "How answers are scored: bleu, chrf, rouge, meteor, edit_distance, exact_match, final_answer. Default: all whose "
+        "packages and data are installed.",
+    )
+    evals_per_epoch: int | None = arg(
+        None, "With eval_strategy epoch: evaluate so many times per epoch, the last time at its end."
+    )
+    early_stopping_patience: int | None = arg(
+        None, "End the training when metric_for_best_model has not improved in so many evaluations. Default: never."
+    )
+    early_stopping_threshold: float = arg(0.0, "An improvement is a change of the metric by more than this.")
+    stop_check_samples: int = arg(
+        4,
+        "After the training, answer so many prompts and say how many answers ended by themselves; 0: none. Raw texts "
+        "(task_type pretrain) have no prompts.",
+    )
+
+
+@dataclass
+class EMAArguments:
+    """An exponential moving average of the trained weights: what is evaluated, and what is saved as the result."""
+
+    _argument_group_name = "ema"
+
+    ema_decay: float | None = arg(
+        None, "Decay d in (0, 1) of average = d * average + (1 - d) * weights, after each step. Default: no average."
+    )
+    ema_start_step: int = arg(0, "The average begins as the weights after so many steps.")
+    ema_cpu: bool = arg(False, "Keep the average in the memory of the host.")
+
+
+@dataclass
+class MonitoringArguments:
+    """Watching a run."""
+
+    _argument_group_name = "monitoring"
+
+    profile_steps: str | None = arg(
+        None, "FIRST:LAST, the optimizer steps that PyTorch's profiler records into output_dir/profile, such as 5:7."
+    )
+    stop_on_divergence: bool = arg(
+        False, "End the training at a line of the log whose loss is not finite or has jumped. Default: warn."
+    )
+
+
 # Every group, in the order in which they are shown and filled.
-GROUPS = (ModelArguments, DataArguments, LoraArguments, WeDLMArguments, DPOArguments, EngineArguments)
+GROUPS = (
+    ModelArguments,
+    DataArguments,
+    LoraArguments,
+    WeDLMArguments,
+    DPOArguments,
+    EvaluationArguments,
+    EMAArguments,
+    MonitoringArguments,
+    EngineArguments,
+)

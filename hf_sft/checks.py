@@ -6,7 +6,6 @@ Every check yields sentences, so that a user sees all problems of a configuratio
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from importlib.util import find_spec
@@ -21,13 +20,6 @@ from hf_sft.text_checks import check_cutting
 LATER = {  # what the names of the interface promise and this version does not have yet
     "attention_backend": ("auto", "dense", "segment", "flex", "magi"),
 }
-METRICS = ("loss", "perplexity", "token_accuracy", "supervised_tokens")  # of an evaluation by train.py
-PAIR_METRICS = (  # of task_type dpo
-    "loss", "rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected",
-    "rewards/accuracies_low", "rewards/accuracies_high",
-)  # fmt: skip
-WEDLM_METRICS = ("any_order_bound", "masked_loss", "masked_accuracy")  # and these of objective wedlm
-_AT_RATIO = r"masked_(loss|accuracy)_at_(0\.[1-9]|1\.0)"
 FLASH_REFUSED = (
     "attention_backend is flash and objective is wedlm: flash kernels know whole causal documents by their lengths alone, and "
     "cannot be told which block of the noisy stream sees what; choose auto, segment, dense, flex or magi"
@@ -152,7 +144,7 @@ def check_data(data: DataArguments, training: Any = None) -> Iterator[str]:
         value = getattr(data, name)
         if value is not None and value < 1:
             yield f"{name} is {value}: use at least 1, or leave it out for all records"
-    if data.max_eval_samples is not None and not _has_evaluation(data):
+    if data.max_eval_samples is not None and not has_evaluation(data):
         yield "max_eval_samples is set and eval_file is not: name the evaluation data, or leave it out"
     if data.eval_split is not None:
         if data.eval_file is not None:
@@ -195,7 +187,7 @@ def _check_live(data: DataArguments, training: Any) -> Iterator[str]:
         yield "streaming is true and max_steps is not set: the length of a stream is not known; say how many steps to take"
 
 
-def _has_evaluation(data: DataArguments) -> bool:
+def has_evaluation(data: DataArguments) -> bool:
     """Whether evaluation data are named, or may come with the training data: a JSON object can hold both lists, and so can
     folders and data sets of the hub, which is seen when they are read."""
     if data.eval_file is not None or data.eval_split is not None:
@@ -335,7 +327,7 @@ def check_training(training: Any, data: DataArguments, given: set[str]) -> Itera
     """``training`` has the fields of TrainingArguments; it need not be built yet."""
     if training.fp16 and training.bf16:
         yield "fp16 and bf16 are both true: choose one (bf16 where the device has it)"
-    if not _has_evaluation(data):
+    if not has_evaluation(data):
         wants = evaluation_wanted(training, given)
         if wants:
             yield f"{' and '.join(wants)}, and eval_file is not set: name the evaluation data, or leave evaluation out"
@@ -360,20 +352,6 @@ def check_training(training: Any, data: DataArguments, given: set[str]) -> Itera
             yield f"{name} is {getattr(training, name):g}: it is a share in [0, 1)"
     if training.max_steps <= 0 and training.num_train_epochs <= 0:
         yield f"num_train_epochs is {training.num_train_epochs:g} and max_steps is not set: nothing would be trained"
-
-
-def check_metric(training: Any, objective: str, task: str = "sft") -> Iterator[str]:
-    """The metric that chooses the best checkpoint is one that train.py measures."""
-    metric = training.metric_for_best_model
-    known = PAIR_METRICS if task == "dpo" else (*METRICS, *(WEDLM_METRICS if objective == "wedlm" else ()))
-    at_ratio = objective == "wedlm" and re.fullmatch(_AT_RATIO, (metric or "").removeprefix("eval_"))
-    if metric is not None and metric.removeprefix("eval_") not in known and not at_ratio:
-        yield (
-            f"metric_for_best_model is {metric!r}, which train.py does not measure; choose one of {', '.join(known)} "
-            "(with or without eval_ before it)"
-        )
-    elif metric is None and _plain(training.save_strategy) == "best" and not training.load_best_model_at_end:
-        yield f"save_strategy is best and metric_for_best_model is not set: choose one of {', '.join(known)}"
 
 
 def check_report_to(training: Any) -> Iterator[str]:

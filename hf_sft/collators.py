@@ -16,6 +16,7 @@ Shapes: T packed tokens, B padded documents of up to L tokens, R scored rows, D 
 | target_doc      | [R] int64         | [R] int64               | document of each row                                 |
 | num_items       | [K] float64       | [2] float64             | this micro-batch's share of N, per kind              |
 | num_tokens      | int               | int                     | tokens of documents, padding not counted             |
+| doc_origins     | list of D tuples  | list of B tuples        | on the host: where each document is from (`origins`) |
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from hf_sft.streams import group_blocks, noisy_stream
 # What the Trainer reads itself; everything else in a batch goes to the model.
 CONTRACT_KEYS = frozenset(
     ["doc_ids", "doc_lengths", "logits_to_keep", "target_ids", "target_weight", "target_kind", "target_doc"]
-    + ["num_items", "num_tokens", "block_ids", "limits", "doc_pieces", "pair_numbers", "reference_logps"]
+    + ["num_items", "num_tokens", "block_ids", "limits", "doc_pieces", "doc_origins", "pair_numbers", "reference_logps"]
 )
 Batch = dict[str, Any]
 
@@ -68,7 +69,8 @@ class CausalCollator:
             documents, targets = [np.array([self.pad_token_id])], [np.array([IGNORE])]
         lengths = [len(document) for document in documents]
         if not self.packed:
-            return _padded(documents, targets, lengths, self.pad_token_id) | {"num_tokens": tokens}
+            known = {"num_tokens": tokens, "doc_origins": origins(rows)}
+            return _padded(documents, targets, lengths, self.pad_token_id) | known
         doc_ids = np.repeat(np.arange(len(lengths)), lengths)
         batch: Batch = {
             "input_ids": torch.from_numpy(np.concatenate(documents))[None],
@@ -76,6 +78,7 @@ class CausalCollator:
             "doc_ids": torch.from_numpy(doc_ids.astype(np.int32))[None],
             "doc_lengths": lengths,
             "num_tokens": tokens,
+            "doc_origins": origins(rows),
             **_scored_rows(np.concatenate(targets), doc_ids),
         }
         if self.return_4d_mask:
@@ -92,6 +95,7 @@ class PairCollator:
     | key             | shape         | meaning                                                                    |
     |-----------------|---------------|----------------------------------------------------------------------------|
     | pair_numbers    | list of P     | on the host: the number of each pair in the data set                       |
+    | doc_origins     | list of P     | where each pair is from                                                    |
     | reference_logps | [2P] float64  | the reference's log-probabilities, where the rows carry them               |
 
     Args:
@@ -108,6 +112,7 @@ class PairCollator:
         chosen = (batch["target_doc"] % 2 == 0).sum()
         batch["num_items"] = torch.tensor([len(pairs), int(chosen)], dtype=torch.float64)
         batch["pair_numbers"] = [int(pair.get("document", place)) for place, pair in enumerate(pairs)]
+        batch["doc_origins"] = origins(pairs)
         if pairs and "reference_logps" in pairs[0]:
             batch["reference_logps"] = torch.from_numpy(np.concatenate([pair["reference_logps"] for pair in pairs]))
         return batch
@@ -151,7 +156,7 @@ class WeDLMCollator:
     def __call__(self, bins: Sequence[Mapping[str, Any] | Sequence[Mapping[str, Any]]]) -> Batch:
         """Collate bins of token rows, or bare token rows, into one packed batch."""
         rows = [row for item in bins for row in ([item] if isinstance(item, Mapping) else item)]
-        tokens = sum(len(row["input_ids"]) for row in rows)
+        tokens, found = sum(len(row["input_ids"]) for row in rows), origins(rows)
         rows = rows or [{"input_ids": [self.pad_token_id], "labels": [IGNORE]}]
         parts = [self._document(row, number) for number, row in enumerate(rows)]
         column = {key: np.concatenate([part[key] for part in parts]) for key in ("ids", "pos", "block", "limit")}
@@ -175,6 +180,7 @@ class WeDLMCollator:
             "limits": torch.from_numpy(column["limit"])[None],
             "doc_pieces": [part["pieces"] for part in parts],
             "num_tokens": tokens,
+            "doc_origins": found,
             "logits_to_keep": torch.from_numpy(scored),
             "target_ids": torch.from_numpy(column["target"][scored]),
             "target_weight": torch.from_numpy(weight.astype(np.float32)),
@@ -246,6 +252,12 @@ class WeDLMEvalCollator(WeDLMCollator):
         return [(bound, np.ones(blocks, dtype=np.int64)), (Mask(masked, np.ones(len(masked))), place + 2)]
 
 
+def origins(rows: Sequence[Mapping[str, Any]]) -> list[tuple[int, int, int]]:
+    """(number in the data set, number of the source, record of the source) of each row; -1 for what is not known, and nothing
+    for the token that stands in where there are no rows."""
+    return [tuple(int(row.get(name, -1)) for name in ("document", "source", "record")) for row in rows]  # type: ignore[misc]
+
+
 def next_token_targets(labels: np.ndarray) -> np.ndarray:
     """[L] unshifted labels of one document to [L] targets: row i predicts label i + 1; the last row predicts nothing."""
     return np.append(labels[1:], IGNORE)
@@ -286,6 +298,7 @@ class LabelsCollator:
 
     def __call__(self, bins: Sequence[Sequence[Any]]) -> Batch:
         examples = [example for item in bins for example in item]
+        numbers = [getattr(item, "number", -1) for item in bins for _ in item]
         try:
             batch = dict(self.collator(examples or [self.spare]))
         except ValueError as error:
@@ -296,7 +309,10 @@ class LabelsCollator:
         if not examples:
             batch["labels"] = torch.full_like(batch["input_ids"], IGNORE)
             return batch_from_labels(batch) | {"num_tokens": 0}
-        return batch_from_labels(batch)
+        found = batch_from_labels(batch)
+        if len(found["input_ids"]) == len(numbers):  # else a row is no example
+            found["doc_origins"] = [(number, -1, -1) for number in numbers]
+        return found
 
 
 def _padded(documents: list[np.ndarray], targets: list[np.ndarray], lengths: list[int], pad: int) -> Batch:

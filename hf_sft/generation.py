@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
@@ -13,7 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hf_sft.decoding.draws import Draws
 from hf_sft.decoding.passes import Decoder, Rules, input_device
+from hf_sft.models.loading import known_positions
 from hf_sft.models.mask_token import recorded_mask_token
 from hf_sft.models.vocabulary import vocabulary_rows
 from hf_sft.models.wrappers import base_model, evaluating
@@ -106,28 +108,68 @@ def generate_wedlm(
         ValueError: an argument out of its range, no mask token, a prompt without tokens or with unknown ones, a model whose
             attention takes no masks.
     """
-    base = base_model(model)
-    prompt_rows = _prompt_rows(prompts, vocabulary_rows(base))
-    _check_numbers(max_new_tokens, window, entropy_threshold, distance_penalty)
     check_sampling(temperature, top_p, top_k, seed, generator)
-    if verify and temperature:
-        raise ValueError(
-            f"verify drafts for greedy decoding, and temperature is {temperature!r}; set temperature to 0, or leave out verify"
-        )
-    draws = generator if seed is None else torch.Generator(input_device(base)).manual_seed(int(seed))
-    eos = stop_tokens(base, eos_token_id)
-    mask = _mask_token(base, mask_token_id, eos)
-    _check_model(base, max(map(len, prompt_rows)) + max_new_tokens)
-    limits = float(entropy_threshold), float(distance_penalty), float(temperature), float(top_p)
-    rules = Rules(mask, eos, int(window), *limits, int(top_k), verify, draws)
+    if seed is not None:
+        generator = torch.Generator(input_device(base_model(model))).manual_seed(int(seed))
+    draws = Draws(float(temperature), float(top_p), int(top_k), generator)
+    prompt_rows = check_prompts(prompts, base_model(model))
+    _check_numbers(max_new_tokens, window, entropy_threshold, distance_penalty)
+    _warn_of_positions(base_model(model), max(map(len, prompt_rows)) + max_new_tokens)
+    decoder = wedlm_decoder(
+        model, prompt_rows, [int(max_new_tokens)] * len(prompt_rows), draws, mask_token_id=mask_token_id,
+        eos_token_id=eos_token_id, window=window, entropy_threshold=entropy_threshold, distance_penalty=distance_penalty,
+        verify=verify, use_cache=use_cache,
+    )  # fmt: skip
     with torch.no_grad(), evaluating(model):
-        rows = Decoder(model, prompt_rows, int(max_new_tokens), rules, use_cache).run()
+        rows = decoder.run()
     columns = zip(*((row.tokens, row.forwards, row.order, row.processed) for row in rows), strict=True)
     return WeDLMOutput(*map(list, columns))
 
 
-def _prompt_rows(prompts: Any, vocabulary: int) -> list[list[int]]:
-    """One list of ids per prompt."""
+def wedlm_decoder(
+    model: Any,
+    prompts: list[list[int]],
+    max_new_tokens: list[int],
+    draws: Draws,
+    *,
+    mask_token_id: int | None = None,
+    eos_token_id: int | Sequence[int] | None = None,
+    window: int = 16,
+    entropy_threshold: float = 0.4,
+    distance_penalty: float = 0.02,
+    verify: bool = False,
+    use_cache: bool = True,
+    forward: Callable[..., Any] | None = None,
+) -> Decoder:
+    """The decoder of one batch of checked prompts, with as many new tokens for each; options as in :func:`generate_wedlm`.
+
+    Args:
+        forward: called in place of the model.
+
+    Raises:
+        ValueError: options or a model that cannot be decoded in parallel.
+    """
+    base = base_model(model)
+    _check_numbers(max(max_new_tokens), window, entropy_threshold, distance_penalty)
+    if verify and draws.temperature:
+        raise ValueError(
+            f"verify drafts for greedy decoding, and temperature is {draws.temperature!r}; set temperature to 0, or leave out "
+            "verify"
+        )
+    eos = stop_tokens(base, eos_token_id)
+    mask = _mask_token(base, mask_token_id, eos)
+    _check_model(base)
+    rules = Rules(mask, eos, int(window), float(entropy_threshold), float(distance_penalty), verify, draws)
+    return Decoder(model, prompts, max_new_tokens, rules, use_cache, forward)
+
+
+def check_prompts(prompts: Any, base: Any) -> list[list[int]]:
+    """One list of token ids per prompt.
+
+    Raises:
+        ValueError: there are none, or they are not lists of rows of the model's vocabulary.
+    """
+    vocabulary = vocabulary_rows(base)
     if isinstance(prompts, (str, bytes)):
         raise ValueError("prompts is text; give token ids, as tokenizer.apply_chat_template returns them")
     rows = _unpadded(prompts)
@@ -269,15 +311,18 @@ def _mask_token(base: Any, given: int | None, eos: Sequence[int]) -> int:
     return int(token)
 
 
-def _check_model(base: Any, positions: int) -> None:
+def _check_model(base: Any) -> None:
     config = base.config.get_text_config()
     if getattr(base, "_is_stateful", False) or config.is_encoder_decoder:
         raise ValueError(
             f"a {config.model_type} model keeps a state or an encoder instead of a causal key-value cache and cannot be decoded "
             "in parallel; use model.generate"
         )
-    known = getattr(config, "max_position_embeddings", None)
-    if isinstance(known, int) and 0 < known < positions:
+
+
+def _warn_of_positions(base: Any, positions: int) -> None:
+    known = known_positions(base.config)
+    if known is not None and known < positions:
         logger.warning(
             "The longest prompt and max_new_tokens together have %d positions, and the model was made for %d.",
             positions,

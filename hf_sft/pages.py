@@ -21,6 +21,8 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 48, 14, 8, 34
 _COLOURS, _DASHES = 8, 4
 _MOST_POINTS = 400  # of a line: more cannot be told apart
 _MOST_TEXT = 2000  # letters of one text
+_MOST_PANEL = 12_000  # and of one that is folded up
+_MOST_ROWS = 60  # of the table below a chart
 
 
 # ---- blocks ----
@@ -35,6 +37,14 @@ class Text:
 
 
 @dataclass(frozen=True)
+class Heading:
+    """Of a part of a section."""
+
+    text: str
+    kind: ClassVar[str] = "heading"
+
+
+@dataclass(frozen=True)
 class Facts:
     """Pairs of a name and a value."""
 
@@ -43,10 +53,55 @@ class Facts:
 
 
 @dataclass(frozen=True)
+class Tiles:
+    """The figures that matter most: (name, value, a word on it, or nothing)."""
+
+    tiles: Sequence[tuple[str, str, str]]
+    kind: ClassVar[str] = "tiles"
+
+
+@dataclass(frozen=True)
 class Table:
+    """Cells by row; the first cell of a row is its heading."""
+
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
     kind: ClassVar[str] = "table"
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A text under a heading, with a word on it; what is beyond ``most`` letters is folded up."""
+
+    title: str
+    text: str
+    note: str = ""
+    most: int = 700
+
+    @property
+    def head(self) -> str:
+        return self.text if len(self.text) <= self.most + self.most // 10 else self.text[: self.most]
+
+    @property
+    def rest(self) -> list[str]:
+        """What is folded up, in pieces that are not cut, as far as ``_MOST_PANEL`` letters."""
+        start, end = len(self.head), min(len(self.text), _MOST_PANEL)
+        return [self.text[place : min(place + _MOST_TEXT, end)] for place in range(start, end, _MOST_TEXT)]
+
+    @property
+    def left_out(self) -> int:
+        """Letters that are not in the page."""
+        return max(0, len(self.text) - _MOST_PANEL)
+
+
+@dataclass(frozen=True)
+class Panels:
+    """Texts side by side, where the page is wide enough, under a title; ``blocks`` come below."""
+
+    title: str
+    panels: Sequence[Panel]
+    blocks: Sequence[Any] = ()
+    kind: ClassVar[str] = "panels"
 
 
 @dataclass(frozen=True)
@@ -66,11 +121,12 @@ class Notices:
 
 @dataclass(frozen=True)
 class Details:
-    """Blocks behind a summary, folded up unless ``open``; printed in any case."""
+    """Blocks behind a summary, folded up unless ``open``; on paper they are unfolded, or left out if not ``printed``."""
 
     summary: str
     blocks: Sequence[Any]
     open: bool = False
+    printed: bool = True
     kind: ClassVar[str] = "details"
 
 
@@ -137,7 +193,7 @@ class Bars:
 
     def chart(self) -> dict[str, Any]:
         most = max((count for _, count in self.bars), default=0)
-        scale = _Scale(0, max(most, 1), _HEIGHT - _BOTTOM, _TOP)
+        scale = _Scale(0, max(most, 1), _HEIGHT - _BOTTOM, _TOP).widened()
         step = (_WIDTH - _LEFT - _RIGHT) / max(1, len(self.bars))
         bars = []
         for place, (label, count) in enumerate(self.bars):
@@ -160,11 +216,16 @@ def histogram_bars(title: str, histogram: Histogram, *, x_label: str = "", unit:
 
 @dataclass(frozen=True)
 class Series:
-    """A line; values that are not finite leave a gap."""
+    """A line; values that are not finite leave a gap.
+
+    Args:
+        dots: what was measured now and then: its points are marked.
+    """
 
     name: str
     xs: Sequence[float]
     ys: Sequence[float]
+    dots: bool = False
 
 
 @dataclass(frozen=True)
@@ -173,13 +234,28 @@ class Lines:
 
     Args:
         log: a logarithmic y axis; values that are not above zero leave a gap.
+        whole: x values are whole numbers.
+        span: the x values at the ends of the axis; default: of what is drawn.
     """
 
     title: str
     series: Sequence[Series]
     x_label: str = "step"
     log: bool = False
+    whole: bool = True
+    span: tuple[float, float] | None = None
     kind: ClassVar[str] = "lines"
+
+    def header(self) -> list[str]:
+        return [self.x_label, *(series.name for series in self.series if series.xs)]
+
+    def rows(self) -> list[list[str]]:
+        """Of the chart's table: x and the value of each series there; of many, some that are evenly spread, and the last."""
+        columns = [dict(zip(series.xs, series.ys, strict=True)) for series in self.series if series.xs]
+        xs = sorted({x for column in columns for x in column if math.isfinite(x)})
+        every = math.ceil(len(xs) / _MOST_ROWS)
+        shown = sorted({*xs[::every], xs[-1]}) if xs else []
+        return [[number(x), *(number(column[x], digits=4) if x in column else "" for column in columns)] for x in shown]
 
     def chart(self) -> dict[str, Any]:
         parts = [_parts(series, self.log) for series in self.series]
@@ -187,22 +263,25 @@ class Lines:
         if not points:
             return {"lines": []}
         xs, ys = zip(*points, strict=True)
-        x_scale = _Scale(min(xs), max(xs), _LEFT, _WIDTH - _RIGHT)
-        y_scale = _Scale(min(ys), max(ys), _HEIGHT - _BOTTOM, _TOP, log=self.log)
+        x_low, x_high = self.span or (min(xs), max(xs))
+        x_scale = _Scale(min(x_low, *xs), max(x_high, *xs), _LEFT + 4, _WIDTH - _RIGHT)
+        y_scale = _Scale(min(ys), max(ys), _HEIGHT - _BOTTOM, _TOP, log=self.log).widened()
         lines = []
-        for number, (series, runs) in enumerate(zip(self.series, parts, strict=True)):
+        for place, (series, runs) in enumerate(zip(self.series, parts, strict=True)):
             drawn = [[(round(x_scale(x), 1), round(y_scale(y), 1)) for x, y in run] for run in runs]
-            few = sum(map(len, drawn)) <= 25
+            few = sum(map(len, drawn)) <= (60 if series.dots else 6)
             lines.append(
                 {
                     "name": series.name,
-                    "colour": number % _COLOURS,
-                    "dash": number % _DASHES,
+                    "colour": place % _COLOURS,
+                    "dash": (place + place // _COLOURS) % _DASHES,
+                    "dotted": series.dots,
                     "parts": [_path(run) for run in drawn if len(run) > 1],
                     "dots": [point for run in drawn if few or len(run) == 1 for point in run],
                 }
             )
-        return {**_frame(self.x_label), "lines": lines, "x_ticks": x_scale.ticks(), "y_ticks": y_scale.ticks()}
+        x_ticks = x_scale.ticks(whole=self.whole)
+        return {**_frame(self.x_label), "lines": lines, "x_ticks": x_ticks, "y_ticks": y_scale.ticks()}
 
 
 def _path(points: Sequence[tuple[float, float]]) -> Any:
@@ -246,28 +325,71 @@ class _Scale:
 
     def __init__(self, low: float, high: float, start: float, end: float, *, log: bool = False) -> None:
         if low == high:
-            low, high = low - (abs(low) or 1) / 2, high + (abs(high) or 1) / 2
+            low, high = (low - abs(low) / 2, high + abs(high) / 2) if low else (0.0, 1.0)
         self.low, self.high, self.start, self.end, self.log = low, high, start, end, log
+        self.step = self._step(10**low, 10**high) if log else self._step(low, high)
 
     def __call__(self, value: float) -> float:
         return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
 
+    def widened(self) -> _Scale:
+        """To round numbers at both ends."""
+        if self.log:
+            return self
+        low, high = (math.floor(self.low / self.step + 1e-9), math.ceil(self.high / self.step - 1e-9))
+        wide = _Scale(low * self.step, high * self.step, self.start, self.end)
+        wide.step = self.step
+        return wide
+
     def ticks(self, *, whole: bool = False) -> list[dict[str, Any]]:
-        room = (self.high - self.low) / 5
+        values = self._powers() if self.log else []
+        if len(values) < 2:
+            values = [math.log10(value) if self.log else value for value in self._even(whole)]
+        return [{"at": round(self(value), 1), "label": number(10**value if self.log else value)} for value in values]
+
+    def _powers(self) -> list[float]:
+        """1, 2 and 5 times powers of ten, or of many powers some."""
+        reach = self.high - self.low
+        digits, every = ((1, 2, 5) if reach <= 2.5 else (1,)), max(1, math.ceil(reach / 6))
+        powers = range(math.floor(self.low), math.ceil(self.high) + 1)
+        values = [power + math.log10(digit) for power in powers if power % every == 0 for digit in digits]
+        return [value for value in values if self.low - 1e-9 <= value <= self.high + 1e-9]
+
+    @staticmethod
+    def _step(low: float, high: float) -> float:
+        room = (high - low) / 5
         power = 10.0 ** math.floor(math.log10(room))
-        step = next(size * power for size in (1, 2, 5, 10) if size * power >= room)
-        step = max(1.0, step) if whole or (self.log and step >= 0.5) else step
-        first = math.ceil(self.low / step - 1e-9)
-        values = [number * step for number in range(first, math.floor(self.high / step + 1e-9) + 1)]
-        return [{"at": round(self(value), 1), "label": _number(10**value if self.log else value)} for value in values]
+        return next(size * power for size in (1, 2, 5, 10) if size * power >= room * (1 - 1e-9))
+
+    def _even(self, whole: bool) -> list[float]:
+        low, high = (10**self.low, 10**self.high) if self.log else (self.low, self.high)
+        step = max(1.0, self.step) if whole else self.step
+        first = math.ceil(low / step - 1e-9)
+        values = [place * step for place in range(first, math.floor(high / step + 1e-9) + 1)]
+        return [value for value in values if value > 0] if self.log else values
 
 
-def _number(value: float) -> str:
-    if value == 0 or abs(value) < 1e-12:
+def number(value: float, digits: int | None = None) -> str:
+    """A number for people: 2,484, 0.15, 1.5e-5, 2.5M; by default with the digits that it has, at most six behind the point.
+
+    Args:
+        digits: significant digits, where it is no whole number.
+    """
+    if not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "-inf" if value < 0 else "inf"
+    size = abs(value)
+    if size < 1e-12:
         return "0"
-    if abs(value) >= 1e6 or abs(value) < 1e-3:
-        return f"{value:.3g}"
-    return f"{round(value, 6):,.10g}"
+    if size < 1e-3 or size >= 1e15:
+        mantissa, exponent = f"{value:.{(digits or 3) - 1}e}".split("e")
+        mantissa = mantissa.rstrip("0").rstrip(".") if "." in mantissa else mantissa
+        return f"{mantissa}e{int(exponent)}"
+    if size >= 1e6:
+        power, letter = next(each for each in ((1e12, "T"), (1e9, "B"), (1e6, "M")) if size >= each[0])
+        return f"{value / power:.{digits or 4}g}{letter}"
+    if float(value).is_integer() or digits is None:
+        return f"{round(value, 6):,.10g}"
+    return f"{value:,.{max(0, digits - 1 - math.floor(math.log10(size)))}f}"
 
 
 # ---- pages ----

@@ -18,14 +18,17 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, get_type_hints
 
-from hf_sft import checks
+from hf_sft import checks, evaluation_checks
 from hf_sft.arguments import (
     GROUPS,
     DataArguments,
     DPOArguments,
+    EMAArguments,
     EngineArguments,
+    EvaluationArguments,
     LoraArguments,
     ModelArguments,
+    MonitoringArguments,
     WeDLMArguments,
 )
 from hf_sft.conversion import convert, show, takes
@@ -66,6 +69,9 @@ class Arguments:
     lora: LoraArguments
     wedlm: WeDLMArguments
     dpo: DPOArguments
+    evaluation: EvaluationArguments
+    ema: EMAArguments
+    monitoring: MonitoringArguments
     engine: EngineArguments
     training: TrainingArguments
     given: set[str] = field(default_factory=set)
@@ -275,17 +281,19 @@ def build_arguments(
     refused = refusals({**typed, **{key: values[key] for key in failed}}, packing)
     problems += [refused.get(key, sentence) for key, sentence in failed.items()]
     problems += [sentence for key, sentence in refused.items() if key not in failed]
-    model, data, lora, wedlm, dpo, engine = (
-        _fill(cls, {e.name: typed[e.name] for e in fields(cls) if e.name in typed}) for cls in GROUPS
-    )
+    names = [entry.name for entry in fields(Arguments)]  # the groups come first
+    groups: dict[str, Any] = {
+        name: _fill(cls, {e.name: typed[e.name] for e in fields(cls) if e.name in typed})
+        for name, cls in zip(names, GROUPS, strict=False)
+    }
     training_names = {entry.name for entry in fields(TrainingArguments)}
     wanted = {key: value for key, value in typed.items() if key in training_names and key not in refused}
     draft: Any = SimpleNamespace(**{entry.name: _default(entry) for entry in fields(TrainingArguments)} | wanted)
     given = set(typed) | set(failed)
-    arguments = Arguments(model, data, lora, wedlm, dpo, engine, draft, given, notes, environment)
+    arguments = Arguments(**groups, training=draft, given=given, notes=notes, environment=environment)
     problems += check_arguments(arguments, given)
     try:
-        wanted |= engine_settings(engine, draft, notes)
+        wanted |= engine_settings(arguments.engine, draft, notes)
     except ValueError as error:
         problems.append(str(error))
         wanted = {key: value for key, value in wanted.items() if key not in ("deepspeed", "fsdp", "fsdp_config")}
@@ -307,20 +315,25 @@ def check_arguments(arguments: Arguments, given: set[str]) -> list[str]:
         arguments: the typed values; ``training`` may be any object that has the fields of TrainingArguments.
         given: the keys that the user wrote, so that a default is never blamed.
     """
-    model, data, lora = arguments.model, arguments.data, arguments.lora
+    model, data, lora, training = arguments.model, arguments.data, arguments.lora, arguments.training
     problems = [
         *checks.check_later({**vars(model), **vars(data)}),
         *checks.check_model(model, given),
         *checks.check_lora(lora, model.train_mode, given),
-        *checks.check_data(data, arguments.training),
+        *checks.check_data(data, training),
         *checks.check_task(data, given),
         *checks.check_wedlm(arguments.wedlm, data, model.attention_backend, given),
         *checks.check_dpo(arguments.dpo, data, given, model.train_mode),
-        *checks.check_engine(arguments.engine, arguments.training, given),
-        *checks.check_training(arguments.training, data, given),
-        *checks.check_metric(arguments.training, data.objective, data.task_type),
-        *checks.check_report_to(arguments.training),
-        *checks.check_scheduler(arguments.training),
+        *checks.check_engine(arguments.engine, training, given),
+        *checks.check_training(training, data, given),
+        *evaluation_checks.check_metric(training, data, arguments.evaluation),
+        *evaluation_checks.check_evaluation(
+            arguments.evaluation, data, training, given, evaluated=checks.has_evaluation(data)
+        ),
+        *evaluation_checks.check_ema(arguments.ema, _sharding(arguments), given),
+        *evaluation_checks.check_monitoring(arguments.monitoring),
+        *checks.check_report_to(training),
+        *checks.check_scheduler(training),
     ]
     for name, value in (
         ("config_overrides", model.config_overrides),
@@ -329,6 +342,13 @@ def check_arguments(arguments: Arguments, given: set[str]) -> list[str]:
         if isinstance(value, str):
             problems.append(f'{name} is {value!r}: it must be an object, such as {{"key": "value"}}')
     return problems
+
+
+def _sharding(arguments: Arguments) -> str | None:
+    """The engine that keeps weights or optimizer states in parts, in words."""
+    if arguments.engine.zero_stage is not None or arguments.training.deepspeed:
+        return "DeepSpeed"
+    return "FSDP" if arguments.training.fsdp else None
 
 
 def field_hints() -> tuple[dict[str, Any], dict[str, Sequence[Any]]]:

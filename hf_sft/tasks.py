@@ -141,6 +141,9 @@ def build_trainer(
         router_aux_loss_coef=arguments.model.router_aux_loss_coef,
         freeze=arguments.model.freeze,
         thaw_at_step=arguments.model.thaw_at_step,
+        evaluation_args=arguments.evaluation,
+        ema_args=arguments.ema,
+        monitoring_args=arguments.monitoring,
         **own,
     )
 

@@ -208,7 +208,7 @@ class TrainingArguments(_Parent):
 def smaller_is_better(metric: str | None) -> bool:
     """Whether a smaller value of the metric is the better one."""
     name = (metric or "").removeprefix("eval_")
-    return name.endswith(("loss", "perplexity", "bound")) or name.startswith("masked_loss")
+    return name.endswith(("loss", "perplexity", "bound", "edit_chars", "edit_words")) or name.startswith("masked_loss")
 
 
 def refusals(values: Mapping[str, Any], packing: bool) -> dict[str, str]:

@@ -35,7 +35,10 @@ from hf_sft.checkpoints import checkpoints_in, incomplete
 from hf_sft.training.trainer import SFTTrainer
 
 SEED = 5
-MODES = {"lora": {"train_mode": "lora", "lora_rank": 4, "lora_dropout": 0.1, "dtype": "float32"}, "full": {}}
+MODES = {
+    "lora": {"train_mode": "lora", "lora_rank": 4, "lora_dropout": 0.1, "dtype": "float32"},
+    "full": {"ema_decay": 0.8, "ema_start_step": 3},
+}
 # How many of the named points are drawn from each kind.
 DRAWN = {"step": 2, "write": 5, "open": 3, "rename": 2, "renamed": 2, "remove": 2, "link": 1, "result": 3}
 RANDOM_MOMENTS = 10
@@ -46,7 +49,7 @@ def arguments(folder: Path, mode: str) -> dict[str, Any]:
     return runs.arguments(
         folder, max_steps=8, save_strategy="steps", save_steps=2, save_total_limit=2, eval_strategy="steps", eval_steps=4,
         eval_file=str(folder / "eval.jsonl"), metric_for_best_model="loss", per_device_train_batch_size=4, logging_steps=3,
-        **MODES[mode],
+        generation_eval_steps=2, generation_eval_samples=2, generation_max_new_tokens=4, stop_check_samples=2, **MODES[mode],
     )  # fmt: skip
 
 
@@ -61,6 +64,7 @@ def watch(out: Path, visit: Callable[[str], None]) -> None:
     def named(path: Any) -> str | None:
         text = os.fspath(path) if isinstance(path, (str, bytes, os.PathLike)) else ""
         text = text.decode() if isinstance(text, bytes) else text
+        text = text.removesuffix(f".{os.getpid()}")  # what is written beside has the process's number
         return os.path.relpath(text, out) if text.startswith(f"{out}/") else None
 
     def hook(event: str, parts: tuple[Any, ...]) -> None:
@@ -179,7 +183,8 @@ def announce(values: dict[str, Any], handle: int) -> None:
 
 def plain(line: dict[str, Any]) -> dict[str, Any]:
     """A line of the log without times."""
-    return {key: value for key, value in line.items() if not key.endswith(("runtime", "per_second", "_time"))}
+    measured = ("runtime", "per_second", "time", "memory_gib")
+    return {key: value for key, value in line.items() if not key.endswith(measured)}
 
 
 def outcome(out: Path) -> dict[str, Any]:
@@ -187,6 +192,7 @@ def outcome(out: Path) -> dict[str, Any]:
     state = json.loads((out / "trainer_state.json").read_text())
     newest = next(iter(checkpoints_in(out).values()))
     (weights,) = out.glob("*.safetensors")
+    averages = newest / "ema.safetensors"
     archives = {
         name: torch.load(newest / name, weights_only=False)
         for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth")
@@ -198,7 +204,10 @@ def outcome(out: Path) -> dict[str, Any]:
         bytes_of[name] = buffer.getvalue()
     return {
         "weights": weights.read_bytes(),
-        "checkpoint": next(newest.glob("*.safetensors")).read_bytes(),
+        "checkpoint": next(newest.glob("*model.safetensors")).read_bytes(),
+        "average": averages.read_bytes() if averages.is_file() else None,
+        "answers": [(out / name).read_text() for name in ("predictions.jsonl", "stop_check.json")],
+        "log": [plain(line) for line in map(json.loads, (out / "log.jsonl").read_text().splitlines())],
         **bytes_of,
         "history": [plain(line) for line in state["log_history"] if "train_runtime" not in line],
         "eval": plain(json.loads((out / "eval_results.json").read_text())),

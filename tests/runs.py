@@ -32,7 +32,7 @@ def arguments(folder: Path, family: str = "llama", **changes: Any) -> dict[str, 
     base = dict(
         model_name_or_path=str(model), train_file=str(data), output_dir=str(folder / "out"), max_seq_length=256, seed=3,
         per_device_train_batch_size=2, max_steps=8, learning_rate=1e-2, lr_scheduler_type="cosine", warmup_steps=2,
-        weight_decay=0.1, logging_steps=1, save_strategy="no", use_cpu=True, disable_tqdm=True,
+        weight_decay=0.1, logging_steps=1, save_strategy="no", use_cpu=True, disable_tqdm=True, stop_check_samples=0,
     )  # fmt: skip
     return {**base, **changes}
 

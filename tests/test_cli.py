@@ -93,7 +93,7 @@ def test_version_and_commands(capsys):
     ("word", "hint"),
     [
         ("trian", "did you mean train?"),
-        ("xyz", "choose train or prepare or generate or inspect or merge or migrate or export"),
+        ("xyz", f"choose {' or '.join(cli.COMMANDS)}"),
     ],
 )
 def test_unknown_command(capsys, word, hint):

@@ -28,10 +28,14 @@ ENGINES: dict[str, dict[str, Any]] = {
 }
 LORA = {"train_mode": "lora", "lora_rank": 3, "dtype": "float32"}  # a rank that two processes cannot halve
 WEDLM = {"objective": "wedlm", "mask_token": "<|mask|>"}
+ANSWERED = {  # by 2 and 1 batches of the two processes
+    "generation_eval_steps": 0, "eval_on_start": True, "generation_eval_samples": 5, "generation_batch_size": 2,
+    "generation_max_new_tokens": 6, "generation_metrics": ["edit_distance"],
+}  # fmt: skip
 TRAJECTORIES: dict[str, dict[str, Any]] = {
-    "causal-full": {},
+    "causal-full": ANSWERED,
     "causal-lora": LORA,
-    "wedlm-full": WEDLM,
+    "wedlm-full": {**WEDLM, **ANSWERED},
     "wedlm-lora": {**WEDLM, **LORA},
 }
 SHORT = {"max_steps": 3}
@@ -69,6 +73,8 @@ def case(place: Path, name: str, processes: int, engine: dict[str, Any], folder:
     model = place / f"model-{changes.pop('model', 'llama')}"
     split = {"per_device_train_batch_size": 2 // processes, "gradient_accumulation_steps": 2}
     out = {"output_dir": str(place / folder / name), "model_name_or_path": str(model)}
+    if "generation_eval_steps" in changes:
+        out["eval_file"] = str(place / "eval.jsonl")
     return runs.arguments(place, **{"max_steps": 12, **split, **out, **engine, **changes})
 
 
@@ -111,6 +117,16 @@ def test_trajectories_are_those_of_one_process(one: Path, engine: Path) -> None:
         assert furthest(runs.weights(one / name), runs.weights(engine / name)) <= WITHIN, f"{engine.name} {name}"
     history = runs.history(one / "causal-full")
     assert history[-1] < 0.7 * history[0], "nothing is learned that could differ"
+
+
+def test_answers_are_those_of_one_process(one: Path, engine: Path) -> None:
+    """Shared out unevenly, answered before the first step and after the last; sharding engines make their forwards together."""
+    for name in ("causal-full", "wedlm-full"):
+        before, after = ((folder / name / "predictions.jsonl").read_text() for folder in (one, engine))
+        assert before == after and [json.loads(line)["step"] for line in before.splitlines()] == [0] * 5 + [12] * 5
+        assert len({json.loads(line)["answer"] for line in before.splitlines()}) > 1
+        values = [runs.history(folder / name, "eval_perplexity")[0] for folder in (one, engine)]
+        assert values[1] == pytest.approx(values[0], rel=1e-6), "9 documents of unequal length on 2 processes"
 
 
 def test_bf16_differs_by_what_bf16_allows(one: Path, engine: Path) -> None:

@@ -11,11 +11,13 @@ import tiny
 import torch
 from runs import write_jsonl
 
+from hf_sft.answering import Answerer
 from hf_sft.arguments import LoraArguments
 from hf_sft.commands.generate import main
 from hf_sft.generation import generate_wedlm
 from hf_sft.models.adapters import add_adapter, save_adapter
-from hf_sft.models.inference import load_for_inference
+from hf_sft.models.averages import WeightAverage, trained_parameters
+from hf_sft.models.inference import find_model, load_for_inference
 from hf_sft.models.mask_token import record_mask_token, recorded_mask_token
 
 MASK = 200
@@ -99,9 +101,10 @@ def test_a_file_of_records(wedlm, tmp_path, capsys) -> None:
     assert all(1 <= line["forwards"] <= 9 and (line["tokens"] == 9) != line["stopped"] for line in lines)
     printed = capsys.readouterr().out
     assert "> three\n" in printed and "> text alone\n" in printed
-    assert [path.name for path in out.parent.iterdir()] == ["out.jsonl"]
-    with pytest.raises(ValueError, match=r"out.jsonl' exists, and nothing is overwritten"):
-        main(words)
+    assert sorted(path.name for path in out.parent.iterdir()) == ["out.jsonl", "out.jsonl.run.json"]
+    written = out.read_bytes()
+    assert main(words) == 0 and out.read_bytes() == written
+    assert "has its 6 answers already; nothing was generated" in capsys.readouterr().err
 
 
 def test_verify_and_autoregressive_agree(wedlm, tmp_path) -> None:
@@ -237,6 +240,84 @@ def test_types_of_the_weights(tmp_path) -> None:
     assert load_for_inference(str(tmp_path / "b"))[0].dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("how", [[], ["--temperature", "2", "--seed", "4"]], ids=["greedy", "drawn"])
+def test_a_run_that_was_stopped_goes_on(wedlm, tmp_path, monkeypatch, capsys, how) -> None:
+    file = write_jsonl(tmp_path / "in.jsonl", [{"prompt": text} for text in ("one", "two", "three", "four", "five")])
+    words = [wedlm, "--file", file, "--max_new_tokens", "6", "--batch_size", "2", *how, "--output"]
+    assert main([*words, str(tmp_path / "whole.jsonl")]) == 0
+    out, partial = tmp_path / "out.jsonl", tmp_path / "out.jsonl.partial"
+    answer, calls = Answerer.__call__, []
+
+    def interrupted(answerer, prompts):
+        calls.append(prompts)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return answer(answerer, prompts)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Answerer, "__call__", interrupted)
+        assert main([*words, str(out)]) == 130
+    assert "out.jsonl.partial, and the same command goes on" in capsys.readouterr().err
+    assert read(partial) == read(tmp_path / "whole.jsonl")[:4] and not out.exists()
+    lines = partial.read_bytes().splitlines(keepends=True)
+    capsys.readouterr()
+    for torn, left in ((b"".join(lines), 4), (b"".join(lines)[:-9], 2 if how else 3), (lines[0][:5], 0)):
+        partial.write_bytes(torn)  # as a kill leaves it
+        assert main([*words, str(out)]) == 0
+        assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes() and not partial.exists()
+        err = capsys.readouterr().err
+        assert f"{5 - left} answers" in err and (f"{left} of 5 answers are there already" in err) == bool(left)
+        out.unlink()
+
+
+def test_a_file_of_another_run(wedlm, tmp_path) -> None:
+    shutil.copytree(wedlm, tmp_path / "model")
+    file = write_jsonl(tmp_path / "in.jsonl", [{"prompt": "one"}])
+    other = write_jsonl(tmp_path / "other.jsonl", [{"prompt": "one"}, {"prompt": "two"}])
+    out = tmp_path / "out.jsonl"
+    words = [str(tmp_path / "model"), "--max_new_tokens", "3", "--output", str(out)]
+    assert main([*words, "--file", file]) == 0
+    written = out.read_bytes()
+    for name in ("out.jsonl", "out.jsonl.partial"):
+        for changes, difference in (
+            (["--file", file, "--max_new_tokens", "4"], "max_new_tokens was 3 and is 4"),
+            (["--file", other], "number of prompts was 1 and is 2; prompts differ"),
+            (["--file", file, "--window", "3"], "window was None and is 3"),
+        ):
+            message = rf"{name}' exists and is of another run \({difference}\), and nothing is overwritten"
+            with pytest.raises(ValueError, match=message):
+                main([*words, *changes])
+        if name == "out.jsonl":
+            out.rename(tmp_path / "out.jsonl.partial")
+    save_model(tmp_path / "model", hidden_size=16)
+    with pytest.raises(ValueError, match="the model's files differ"):
+        main([*words, "--file", file])
+    assert (tmp_path / "out.jsonl.partial").read_bytes() == written
+    (tmp_path / "out.jsonl.run.json").unlink()
+    with pytest.raises(ValueError, match=r"out.jsonl.partial' exists, and nothing is overwritten"):
+        main([*words, "--file", file])
+    with pytest.raises(ValueError, match=r"in.jsonl' exists, and nothing is overwritten"):
+        main([*words[:-1], file, "--file", file])
+
+
+def test_prompts_and_positions(tmp_path, capsys) -> None:
+    folder = save_model(tmp_path / "model", max_position_embeddings=60)
+    file = write_jsonl(tmp_path / "in.jsonl", [{"prompt": "a"}, {"prompt": "abc" * 9}])
+    assert main([folder, "--file", file, "--max_new_tokens", "20", "--output", str(tmp_path / "out")]) == 0
+    assert "1 of 2 prompts leave room for fewer than 20 new tokens" in capsys.readouterr().err
+    long = len(tiny.tiny_tokenizer()(template(("user", "abc" * 9)))["input_ids"])
+    assert [line["tokens"] for line in read(tmp_path / "out")] == [20, 60 - long]
+    file = write_jsonl(tmp_path / "long.jsonl", [{"prompt": "a"}, {"prompt": "abc" * 20}])
+    with pytest.raises(
+        ValueError, match=r"long.jsonl, line 2: the prompt has \d+ tokens, and the model .* 60 positions"
+    ):
+        main([folder, "--file", file])
+    for empty in ("", "\n\n"):
+        (tmp_path / "empty.jsonl").write_text(empty)
+        with pytest.raises(ValueError, match=r"empty.jsonl.? (is empty|holds no)"):
+            main([folder, "--file", str(tmp_path / "empty.jsonl")])
+
+
 def test_nothing_half_written(wedlm, tmp_path, monkeypatch) -> None:
     out = tmp_path / "out.jsonl"
     monkeypatch.setattr(
@@ -313,6 +394,91 @@ def test_a_record_with_a_special_token_is_named(wedlm, tmp_path) -> None:
         assert "new_special_tokens" not in str(caught.value)
     file = write_jsonl(tmp_path / "raw.jsonl", [{"prompt": "say <|im_end|>"}])
     assert main([wedlm, "--file", file, "--raw", "--max_new_tokens", "2"]) == 0
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory) -> Path:
+    """What a run leaves that has not ended: checkpoints and links to them. Each has a model of its own."""
+    folder = tmp_path_factory.mktemp("run") / "out"
+    for step in (2, 4, 10):
+        save_model(folder / f"checkpoint-{step}", hidden_size=8 * step)
+        state = {"best_model_checkpoint": f"elsewhere/out/checkpoint-{4 if step > 2 else 2}"}
+        (folder / f"checkpoint-{step}" / "trainer_state.json").write_text(json.dumps(state))
+    return folder
+
+
+def test_an_output_folder_has_a_model_to_choose(run_folder, tmp_path, capsys) -> None:
+    folder = tmp_path / "out"
+    shutil.copytree(run_folder, folder)
+    for linked in (False, True):
+        if linked:
+            (folder / "last").symlink_to("checkpoint-10", target_is_directory=True)
+            (folder / "best").symlink_to("checkpoint-2", target_is_directory=True)
+        names = {"best": 2 if linked else 4, "last": 10, "4": 4, "checkpoint-2": 2}
+        for name, step in names.items():
+            assert Path(find_model(str(folder), name)) == folder / f"checkpoint-{step}"
+    assert load_for_inference(str(folder), checkpoint="4")[0].config.hidden_size == 32
+    words = ["--prompt", "a", "--max_new_tokens", "2"]
+    with pytest.raises(ValueError, match=r"holds no final model; choose .* with --checkpoint: best, last, 10, 4, 2"):
+        main([str(folder), *words])
+    assert main([str(folder), *words, "--checkpoint", "last"]) == 0
+    for name in ("5", "first", "checkpoint-", "checkpoint-best"):
+        with pytest.raises(ValueError, match=f"has no checkpoint '{name}'; choose one of best, last, 10, 4, 2"):
+            find_model(str(folder), name)
+    (folder / "checkpoint-10" / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="checkpoint-10' holds no model"):
+        find_model(str(folder), "10")
+    save_model(folder)
+    assert find_model(str(folder)) == str(folder)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"holds no model: neither weights of an adapter .* nor of a whole model"):
+        main([str(tmp_path / "empty"), *words])
+    with pytest.raises(ValueError, match="has no checkpoint 'best'; it has no checkpoints"):
+        main([str(tmp_path / "empty"), *words, "--checkpoint", "best"])
+    with pytest.raises(ValueError, match="checkpoint is 'best', and 'nowhere' is not an output folder"):
+        main(["nowhere", *words, "--checkpoint", "best"])
+    assert find_model("some/name") == "some/name"
+
+
+@pytest.mark.parametrize("kind", ["whole", "adapter"])
+def test_averaged_weights_are_taken(tmp_path, caplog, kind) -> None:
+    folder = save_model(tmp_path / "model")
+    model, _ = load_for_inference(folder)
+    if kind == "adapter":
+        model, folder = add_adapter(model, LoraArguments(lora_rank=2)), str(tmp_path / "adapter")
+        save_adapter(model, folder)
+    average = WeightAverage(trained_parameters(model), decay=0.5)
+    with torch.no_grad():
+        for parameter in average.parameters.values():
+            parameter.add_(1.0)
+    average.update()
+    average.save(folder)
+    raw = dict(load_for_inference(folder, averaged=False)[0].named_parameters())
+    with caplog.at_level("INFO", logger="hf_sft"):
+        held = dict(load_for_inference(folder)[0].named_parameters())
+    assert f"{len(average.parameters)} averaged weights of" in caplog.text
+    for name, value in held.items():
+        assert torch.equal(value, average.average.get(name, raw[name]))
+        assert torch.equal(value, raw[name]) == (name not in average.parameters)
+    words = [folder, "--prompt", "Hello", "--max_new_tokens", "4", "--output"]
+    assert main([*words, str(tmp_path / "a")]) == main([*words, str(tmp_path / "b"), "--raw_weights"]) == 0
+    with pytest.raises(ValueError, match="raw_weights was False and is True"):
+        main([*words, str(tmp_path / "a"), "--raw_weights"])
+    average.average["another.weight"] = torch.zeros(3)
+    average.save(folder)
+    with pytest.raises(ValueError, match=r"is the average of another model's weights: another.weight is not here"):
+        load_for_inference(folder)
+    Path(folder, "ema.safetensors").write_bytes(b"half")
+    with pytest.raises(ValueError, match=r"ema.safetensors' cannot be read.*--raw_weights"):
+        load_for_inference(folder)
+
+
+def test_an_adapter_of_another_base(tmp_path) -> None:
+    model, _ = load_for_inference(save_model(tmp_path / "base"))
+    save_adapter(add_adapter(model, LoraArguments(lora_rank=2)), str(tmp_path / "adapter"))
+    other = save_model(tmp_path / "other", hidden_size=16)
+    with pytest.raises(ValueError, match=r"(?s)adapter' \(trained on .*base'\) does not fit the base .*other'"):
+        main([str(tmp_path / "adapter"), "--base", other, "--prompt", "a"])
 
 
 def test_models_that_are_none(wedlm, tmp_path) -> None:

@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from transformers import BatchEncoding, TopKLogitsWarper, TopPLogitsWarper
 
 from hf_sft.attention.backends import BACKENDS, layer_windows
-from hf_sft.decoding.passes import filter_logits
+from hf_sft.decoding.draws import filter_logits
 from hf_sft.generation import WeDLMOutput, generate_wedlm
 from hf_sft.models.mask_token import record_mask_token
 
@@ -45,12 +45,13 @@ def random_prompts(count: int, vocabulary: int = 8, seed: int = 0, longest: int 
 
 
 @torch.no_grad()
-def greedy(model, prompt: list[int], mask: int, eos: int | None, count: int) -> list[int]:
+def greedy(model, prompt: list[int], mask: int | None, eos: int | None, count: int) -> list[int]:
     """Greedy decoding token by token, everything computed again for each token."""
     row = list(prompt)
     while len(row) < len(prompt) + count:
         logits = model(torch.tensor([row]), use_cache=False).logits[0, -1]
-        logits[mask] = -torch.inf
+        if mask is not None:
+            logits[mask] = -torch.inf
         row.append(int(logits.argmax()))
         if row[-1] == eos:
             break

@@ -389,7 +389,7 @@ def test_the_batch_script_trains_on_two_nodes_and_goes_on_after_a_stop(base, fol
     ]
     job = submit(tmp_path, words)
     deadline = time.monotonic() + 90
-    while "'loss'" not in log.read_text() and time.monotonic() < deadline:
+    while " loss=" not in log.read_text() and time.monotonic() < deadline:
         time.sleep(0.05)
     job.send_signal(signal.SIGUSR1)
     assert job.wait(60) == 0, log.read_text()[-3000:]  # the stand-in's scontrol requeue

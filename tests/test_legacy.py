@@ -182,6 +182,13 @@ def test_every_old_key_has_a_place_in_the_docs_and_a_reason_where_it_goes():
         ({"model": "a/b", "model_size": None}, {"model_name_or_path": "a/b"}),
         ({"model": "gemma", "model_size": "2b", "model_name_or_path": "a"}, {"model_name_or_path": "a"}),
         ({"adapter_save_type": "merge", "half_inference": True, "ema_updating": False, "early_stop_criterion": 5}, {}),
+        ({"ema_updating": True, "metrics": ["ppl"]}, {"ema_decay": 0.999}),
+        ({"metrics": ["ppl", "bleu"]}, {}),
+        ({"early_stop_criterion": 5, "eval_split": 9}, {"eval_split": 9}),
+        (
+            {"early_stop_criterion": 5, "metrics": ["bleu"], "eval_split": 9, "eval_strategy": "epoch"},
+            {"early_stopping_patience": 5, "generation_eval_steps": 0, "eval_split": 9, "eval_strategy": "epoch"},
+        ),
         ({"fsdp_train": False, "fsdp_hyperparameters": {"cpu_offload": True}}, {}),
         (
             {
@@ -324,7 +331,7 @@ def test_flags_say_the_train_mode(flags, mode):
         {"use_ipex": True},
         {"val_size": "some"},
         {"eos_token": "<|im_end|>"},
-        {"ema_updating": True},
+        {"ema_updating": "often"},
         {"add_eos_token_when_response_end": False},
         {"gradient_checkpointing": {"activte": True}},
         {"bit": 4},

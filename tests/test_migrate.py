@@ -109,14 +109,14 @@ def test_flags_of_a_command(command, tmp_path, capsys):
 def test_every_problem_of_an_old_file_is_told_at_once(tmp_path, capsys):
     old = tmp_path / "old.yaml"
     old.write_text(
-        f"model: m\ndata_path: d\nema_updating: true\nadd_eos_token_when_response_end: false\nlr0: fast\nnum_bits: 3\n"
+        f"model: m\ndata_path: d\nema_decay: 2\nadd_eos_token_when_response_end: false\nlr0: fast\nnum_bits: 3\n"
         f"report_to: nobody\nzero_stage: 7\nwandb_key: {SECRET}\n"
     )
     new = tmp_path / "new.yaml"
     assert cli.main(["migrate", str(old), str(new)]) == 2
     err = capsys.readouterr().err
     for sentence in (
-        "ema_updating is True: a moving average of the weights is not available",
+        "ema_decay is 2",
         "add_eos_token_when_response_end is False: a model that is not taught to end its answers never stops",
         "learning_rate is 'fast': it must be a finite number",
         "num_bits is no argument",

@@ -17,7 +17,24 @@ from hf_sft import pages
 from hf_sft.data.cache import write_file
 from hf_sft.inspection import Inspection
 from hf_sft.inspection.page import inspection_page
-from hf_sft.pages import Bars, Details, Facts, Grid, Lines, Notice, Notices, Section, Series, Table, Text, render_page
+from hf_sft.pages import (
+    Bars,
+    Details,
+    Facts,
+    Grid,
+    Heading,
+    Lines,
+    Notice,
+    Notices,
+    Panel,
+    Panels,
+    Section,
+    Series,
+    Table,
+    Text,
+    Tiles,
+    render_page,
+)
 
 VOID = {"meta", "br", "hr", "input", "img", "link"}
 EVIL = "<script>alert(1)</script></style></pre>&amp;&lt; \"'`{{ 7*7 }}{% raw %}\x00 <img src=x onerror=y> <!-- ]]>"
@@ -91,7 +108,8 @@ def everything(text: str, values: list[float]) -> list[Section]:
     blocks = [
         Text(text), Facts([(text, text)]), Table([text, text], [[text, "1"]]), Notices([Notice("error", text, text)]),
         Bars(text, [(text, 3), (text, 0)], ["0", text, text], text, text), Lines(text, lines, text),
-        Lines(text, lines[:1], log=True),
+        Lines(text, lines[:1], log=True), Heading(text), Tiles([(text, text, text)]),
+        Panels(text, [Panel(text, text, text), Panel(text, "")], [Text(text)]),
     ]  # fmt: skip
     return [Section(text, blocks), Section(text, [Details(text, [Grid(blocks)], open=True)]), Section(text, [])]
 
@@ -103,7 +121,7 @@ def test_texts_of_any_kind_are_shown_as_text(text) -> None:
     assert page.text.count("<script>alert(1)</script>") >= 20 * (text == EVIL)
     if text == EVIL:
         assert "</style></pre>&amp;&lt; \"'`{{ 7*7 }}{% raw %}\u2400 <img src=x onerror=y>" in page.text
-    assert len(html) < 200_000
+    assert len(html) < 300_000
 
 
 def test_a_page_without_anything() -> None:
@@ -129,7 +147,10 @@ def test_lines_stay_inside_and_keep_their_extremes() -> None:
     assert len(points) <= pages._MOST_POINTS + 2 and len(html) < 30_000
     assert all(pages._LEFT <= x <= 400 - pages._RIGHT and pages._TOP <= y <= 220 - pages._BOTTOM for x, y in points)
     heights = [y for _, y in points]
-    assert min(heights) == pages._TOP and max(heights) == 220 - pages._BOTTOM  # the two outliers are there
+    top, unit = pages._TOP, (220 - pages._TOP - pages._BOTTOM) / 15  # the axis goes to round numbers, -5 and 10
+    assert min(heights) == round(top + unit, 1) and max(heights) == round(
+        top + 14 * unit, 1
+    )  # the two outliers are there
     assert [x for x, _ in points] == sorted(x for x, _ in points)
 
 
@@ -150,7 +171,7 @@ def test_series_differ_in_more_than_colour() -> None:
     page = read(html)
     assert {f"c{n}" for n in range(5)} <= {word for _, a in page.tags for word in (a.get("class") or "").split()}
     assert {f"d{n}" for n in range(4)} <= {word for _, a in page.tags for word in (a.get("class") or "").split()}
-    assert all(page.text.count(f"run {n}") == 2 for n in range(5))  # the line's title and the legend
+    assert all(page.text.count(f"run {n}") == 3 for n in range(5))  # the line's title, the legend, the table
 
 
 def test_axes_have_round_numbers() -> None:
@@ -158,8 +179,42 @@ def test_axes_have_round_numbers() -> None:
     assert [tick["label"] for tick in scale.ticks()] == ["0", "500", "1,000", "1,500", "2,000"]
     assert scale.ticks()[0]["at"] == 186
     assert [tick["label"] for tick in pages._Scale(0, 2, 0, 1).ticks(whole=True)] == ["0", "1", "2"]
-    assert [tick["label"] for tick in pages._Scale(-6, -4, 0, 1, log=True).ticks()] == ["1e-06", "1e-05", "0.0001"]
+    assert [tick["label"] for tick in pages._Scale(-6, -4, 0, 1, log=True).ticks()] == [
+        "1e-6", "2e-6", "5e-6", "1e-5", "2e-5", "5e-5", "1e-4",
+    ]  # fmt: skip
     assert [tick["label"] for tick in pages._Scale(0.1, 0.3, 0, 1).ticks()] == ["0.1", "0.15", "0.2", "0.25", "0.3"]
+
+
+@pytest.mark.parametrize(
+    ("value", "digits", "text"),
+    [
+        (0, None, "0"), (2484, None, "2,484"), (0.15, None, "0.15"), (1.5e-5, None, "1.5e-5"), (-2.5e6, None, "-2.5M"),
+        (1.2345678e-4, 4, "1.235e-4"), (2.003817, 4, "2.004"), (1263.7338, 4, "1,264"), (0.17109, 4, "0.1711"),
+        (3.0, 4, "3"), (math.nan, 4, "NaN"), (-math.inf, None, "-inf"), (1e300, None, "1e300"), (1.18e6, 4, "1.18M"),
+    ],
+)  # fmt: skip
+def test_numbers_are_written_for_people(value, digits, text) -> None:
+    assert pages.number(value, digits) == text
+
+
+def test_a_chart_has_its_table_and_its_span() -> None:
+    html = chart(Series("a", [10, 20, 30], [1.0, math.nan, 3.0]), Series("b", [20], [5.0], dots=True), span=(0, 40))
+    assert "step a b 10 1 20 NaN 5 30 3" in " ".join(" ".join(read(html).texts).split())
+    xs = [x for points in polylines(chart(Series("a", [10, 30], [1.0, 3.0]), span=(0, 40))) for x, _ in points]
+    left, right = pages._LEFT + 4, 400 - pages._RIGHT
+    assert xs == pytest.approx([left + (right - left) / 4, left + 3 * (right - left) / 4], abs=0.06)
+    rows = Lines("t", [Series("a", range(1000), range(1000))]).rows()
+    assert len(rows) <= pages._MOST_ROWS + 1 and rows[0] == ["0", "0"] and rows[-1] == ["999", "999"]
+
+
+def test_what_a_panel_folds_up_is_all_there() -> None:
+    text = "".join(chr(97 + n % 26) for n in range(9_000))
+    page = read(render_page("x", [Section("s", [Panels("t", [Panel("p", text)])])]))
+    assert "8,300 more characters" in page.text and "left out" not in page.text
+    start = page.text.index(text[:700])
+    assert "".join(page.text[start:].replace("8,300 more characters", "").split()) == text
+    page = read(render_page("x", [Section("s", [Panels("t", [Panel("p", text * 2)])])]))
+    assert "6,000 characters are left out" in page.text
 
 
 def test_bars_are_as_high_as_their_counts() -> None:

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny
 from datasets import Dataset
@@ -88,7 +89,13 @@ def test_rows_are_those_of_encode_conversation(tokenizer, tmp_path) -> None:
         "special_tokens_in_text": {},
     }
     sources = [{"source": str(tmp_path / "a.jsonl"), "weight": 1.0, **counts}]
-    assert prepared.report == {"split": "train", **counts, "rows": 2500, "sources": sources}
+    shares = [sum(label != -100 for label in row["labels"]) / len(row["input_ids"]) for row in lists(rows)]
+    histograms = {name: prepared.report[f"{name}_histogram"] for name in ("length", "share")}
+    for name, values in (("length", lengths), ("share", [100 * share for share in shares])):
+        assert histograms[name]["counts"] == np.histogram(values, histograms[name]["borders"])[0].tolist()
+        assert sum(histograms[name]["counts"]) == 2500 and len(histograms[name]["borders"]) <= 26
+    report = {name: value for name, value in prepared.report.items() if not name.endswith("_histogram")}
+    assert report == {"split": "train", **counts, "rows": 2500, "sources": sources}
 
 
 def test_overlength_rows(tokenizer, tmp_path) -> None:

@@ -29,7 +29,7 @@ IDENTITY_FIELDS = (
     "packing", "seed", "data_seed", "train_sampling_strategy", "freeze",
 )  # fmt: skip
 # What says nothing about the training: another value of these is not worth a line.
-_INCIDENTAL = frozenset({
+INCIDENTAL = frozenset({
     "resume_from_checkpoint", "output_dir", "local_rank", "run_name", "project", "disable_tqdm", "log_level", "log_level_replica",
     "log_on_each_node", "ddp_timeout", "enable_jit_checkpoint", "platform",
 })  # fmt: skip
@@ -77,7 +77,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         lines += [
             f"{name} was {old[name]!r} and is {value!r}"
             for name, value in as_json(group).items()
-            if name in old and old[name] != value and name not in _INCIDENTAL and name not in IDENTITY_FIELDS
+            if name in old and old[name] != value and name not in INCIDENTAL and name not in IDENTITY_FIELDS
         ]
     return lines
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 DECODING_OPTIONS = ("window", "entropy_threshold", "distance_penalty", "verify")  # as generate_wedlm takes them
@@ -47,6 +49,64 @@ def add_decoding_options(parser: Any) -> None:
 def decoding_options(options: argparse.Namespace) -> dict[str, Any]:
     """Those of :func:`add_decoding_options` that were given."""
     return {name: getattr(options, name) for name in DECODING_OPTIONS if getattr(options, name) is not None}
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """The options that name a model to decode with."""
+    parser.add_argument(
+        "model", help="folder (or hub name) of a model, folder of an adapter, or output folder of a run"
+    )
+    parser.add_argument(
+        "--checkpoint", help="of an output folder: best, last, or a number of steps; default: the result"
+    )
+    parser.add_argument("--raw_weights", action="store_true", help="not the average of the weights, where there is one")
+    parser.add_argument("--base", help="the adapter's base; default: what the adapter names")
+    parser.add_argument("--dtype", help="type of the weights: float32, bfloat16 or float16; default: the model's own")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run Python code that the model brings along")
+
+
+def load_model_of(options: argparse.Namespace) -> tuple[Any, Any]:
+    """Model and tokenizer of :func:`add_model_options`."""
+    from hf_sft.models.averages import AVERAGE_FILE
+    from hf_sft.models.inference import find_model, load_for_inference
+
+    name, averaged = find_model(options.model, options.checkpoint), not options.raw_weights
+    if averaged and Path(name, AVERAGE_FILE).is_file():
+        print(f"the weights are the averages in {AVERAGE_FILE}; --raw_weights takes the others", file=sys.stderr)
+    return load_for_inference(
+        name, base=options.base, dtype=options.dtype, trust_remote_code=options.trust_remote_code, averaged=averaged
+    )
+
+
+def add_answer_options(parser: argparse.ArgumentParser) -> None:
+    """The options of answers: how long they get, how they are drawn, how they are decoded."""
+    parser.add_argument(
+        "--max_new_tokens", type=int, default=256, help="longest answer, its end of turn included (256)"
+    )
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the most probable token")
+    parser.add_argument("--top_p", type=float, default=1.0, help="draw from the most probable tokens of this share")
+    parser.add_argument("--top_k", type=int, default=0, help="draw from so many of the most probable tokens")
+    parser.add_argument("--seed", type=int, help="of the draws at a temperature above 0")
+    parallel = parser.add_argument_group("models trained as WeDLM")
+    add_decoding_options(parallel)
+    parallel.add_argument("--autoregressive", action="store_true", help="decode token by token")
+
+
+def check_answer_options(options: argparse.Namespace) -> None:
+    """Raise ValueError for values of :func:`add_answer_options` that cannot be, before a model is loaded."""
+    from hf_sft.generation import check_sampling
+
+    if options.max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {options.max_new_tokens}; it must be at least 1")
+    if options.autoregressive and (named := ", ".join(decoding_options(options))):
+        raise ValueError(f"{named} decodes in parallel, and autoregressive does not; leave out one of them")
+    check_sampling(options.temperature, options.top_p, options.top_k, options.seed)
+
+
+def answer_options(options: argparse.Namespace) -> dict[str, Any]:
+    """Those of :func:`add_answer_options` as ``answering.Answerer`` takes them."""
+    names = ("max_new_tokens", "temperature", "top_p", "top_k", "seed", "autoregressive")
+    return {**{name: getattr(options, name) for name in names}, "parallel": decoding_options(options)}
 
 
 def add_writing_options(parser: argparse.ArgumentParser) -> None:

@@ -94,7 +94,7 @@ def run(arguments: Any) -> int:
     trainer.save_model()
     trainer.save_metrics("train", result.metrics)
     trainer.save_state()
-    _evaluate(trainer)
+    _see_what_was_learned(trainer)
     logger.info("Saved to %s", training.output_dir)
     if arguments.model.train_mode != "full" and added_token_ids(tokenizer):
         logger.info(
@@ -160,7 +160,7 @@ def _finish(trainer: Any, checkpoint: str) -> int:
     _refuse_divergence(trainer.state.log_history)
     trainer.save_model()
     trainer.save_state()
-    _evaluate(trainer)
+    _see_what_was_learned(trainer)
     logger.info("Saved to %s", folder)
     return 0
 
@@ -180,12 +180,17 @@ def _has_results(folder: Path, checkpoint: str, *, evaluated: bool) -> bool:
     return same and (results is None or results.get("epoch") == state["epoch"])
 
 
-def _evaluate(trainer: Any) -> None:
-    if trainer.eval_dataset is None:
-        return
-    metrics = trainer.evaluate()
-    trainer.log_metrics("eval", metrics)
-    trainer.save_metrics("eval", metrics)
+def _see_what_was_learned(trainer: Any) -> None:
+    """The last evaluation, whether the model stops by itself, and the report."""
+    from hf_sft.training.monitoring import keep_report
+
+    if trainer.eval_dataset is not None:
+        metrics = trainer.evaluate()
+        trainer.log_metrics("eval", metrics)
+        trainer.save_metrics("eval", metrics)
+    trainer.check_stopping()
+    if trainer.is_world_process_zero() and (page := keep_report(trainer.args.output_dir)) is not None:
+        logger.info("Report: %s", page)
 
 
 def _refuse_divergence(history: Iterable[Mapping[str, Any]]) -> None:
@@ -212,6 +217,9 @@ def _record(arguments: Any) -> dict[str, Any]:
         "model": asdict(arguments.model),
         "data": asdict(arguments.data),
         "training": training.to_dict(),
+        "evaluation": asdict(arguments.evaluation),
+        "ema": asdict(arguments.ema),
+        "monitoring": asdict(arguments.monitoring),
         "run": {
             "train_file_hash": files_hash(arguments.data.train_file, streaming=arguments.data.streaming),
             "global_batch_size": training.world_size

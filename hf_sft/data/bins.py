@@ -70,6 +70,9 @@ class Bins(Dataset):
     def __init__(self, rows: Any, capacity: int | None, columns: tuple[str, ...] = ()) -> None:
         self.columns = columns
         self.notes: dict[str, np.ndarray] = {}
+        self.whole_rows = (
+            rows if hasattr(rows, "with_format") and {"source", "record"} <= set(rows.column_names) else None
+        )
         self.rows = (
             rows.select_columns(["input_ids", "labels", *columns]).with_format("arrow")
             if hasattr(rows, "with_format")
@@ -91,23 +94,42 @@ class Bins(Dataset):
         starts = np.cumsum([0, *map(len, self.bins[:-1])])
         return np.add.reduceat(np.asarray(self.lengths, np.int64)[members], starts) if self.bins else members
 
+    def origin(self, document: int) -> tuple[int, int]:
+        """The number of the source and of its record that a document comes from; -1 for what is not known."""
+        if self.whole_rows is None:
+            return -1, -1
+        row = self.whole_rows[document]
+        return int(row["source"]), int(row["record"])
+
     def __getitem__(self, index: tuple[int, int]) -> list[dict[str, Any]]:
         epoch, number = index
         if number == EMPTY:
             return []
         documents = self.bins[number]
-        if isinstance(self.rows, Sequence):
-            rows = [self.rows[i] for i in documents]
-        else:
-            table = self.rows[documents]
-            columns: dict[str, Sequence[Any]] = {name: _split_column(table[name]) for name in ("input_ids", "labels")}
-            columns |= {name: table[name].to_pylist() for name in self.columns}
-            rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
         # Which document of which epoch it is decides the noise of objectives that draw any.
         return [
             {**row, "document": i, "epoch": epoch, **{name: values[i] for name, values in self.notes.items()}}
-            for i, row in zip(documents, rows, strict=True)
+            for i, row in zip(documents, self.documents(documents), strict=True)
         ]
+
+    def documents(self, numbers: list[int]) -> list[dict[str, Any]]:
+        """The token rows of these documents."""
+        if isinstance(self.rows, Sequence):
+            return [self.rows[i] for i in numbers]
+        table = self.rows[numbers]
+        columns: dict[str, Sequence[Any]] = {name: _split_column(table[name]) for name in ("input_ids", "labels")}
+        columns |= {name: table[name].to_pylist() for name in self.columns}
+        return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
+class NumberedBin(list[Any]):
+    """A bin of examples that do not say themselves which they are.
+
+    Attributes:
+        number: of its example in the data set.
+    """
+
+    number: int
 
 
 class Examples(Dataset):
@@ -125,7 +147,9 @@ class Examples(Dataset):
 
     def __getitem__(self, index: tuple[int, int]) -> list[Any]:
         _, number = index
-        return [] if number == EMPTY else [self.examples[number]]
+        found = NumberedBin([] if number == EMPTY else [self.examples[number]])
+        found.number = number
+        return found
 
 
 class BinSampler:

@@ -113,25 +113,28 @@ def _examples(examples: Iterable[Any]) -> Iterator[Record]:
     return (Record(number, value, "example") for number, value in enumerate(examples))
 
 
-def _rows(
-    source: LiveSource, records: list[Record], data: DataArguments, embedding_rows: int, counts: RowCounts
-) -> list[Item]:
-    """The token rows of the records that can be used; what became of all goes into ``counts``.
+def _rows(live: LiveRecords, number: int, records: list[Record], embedding_rows: int, counts: RowCounts) -> list[Item]:
+    """The token rows of those records of a source that can be used; what became of all goes into ``counts``.
 
     Raises:
         ValueError: bad records (with ``bad_records: error``), documents that are too long (with ``overlength: error``), or
             token ids beyond the model's.
     """
-    chunk = source.encoder.encode(records)
-    refuse(chunk, chunk.counts, data.bad_records)
+    chunk = live.sources[number].encoder.encode(records)
+    refuse(chunk, chunk.counts, live.data.bad_records)
     if chunk.counts.bad:
         logger.warning("left out: %s", "; ".join(chunk.counts.bad_examples))
     counts.add(chunk.counts)
-    columns = [chunk.rows.column(name) for name in ("input_ids", "labels", "rejected_start")]
+    columns = [chunk.rows.column(name) for name in ("input_ids", "labels", "record", "rejected_start")]
     rows: list[Item] = [
-        {"input_ids": ids.values.to_numpy(), "labels": labels.values.to_numpy()}
+        {
+            "input_ids": ids.values.to_numpy(),
+            "labels": labels.values.to_numpy(),
+            "source": number,
+            "record": record.as_py(),
+        }
         | ({"rejected_start": border.as_py()} if border.is_valid else {})
-        for ids, labels, border in zip(*columns, strict=True)
+        for ids, labels, record, border in zip(*columns, strict=True)
     ]
     for row in rows:
         if row["input_ids"].max() >= embedding_rows:
@@ -186,10 +189,10 @@ class LazyBins(Dataset):
         epoch, number = index
         if number == EMPTY:
             return []
-        source, place = self.places[number]
-        record = Record(*json.loads(self.tables[source][int(place)].as_py()))
+        source, place = map(int, self.places[number])
+        record = Record(*json.loads(self.tables[source][place].as_py()))
         counts = RowCounts()
-        rows = _rows(self.live.sources[source], [record], self.live.data, self.embedding_rows, counts)
+        rows = _rows(self.live, source, [record], self.embedding_rows, counts)
         if not counts.kept and not counts.bad:
             logger.info("left out: %s: %s", record.where(self.live.sources[source].name), reasons(counts))
         return [{**row, "document": int(number), "epoch": epoch} for row in rows]
@@ -323,11 +326,11 @@ class StreamBins(IterableDataset):
         sizes: list[float] = []
         for number, source in enumerate(self.live.sources):
             whole = int(source.weight)
-            readers += [self._read(source, counts) for _ in range(whole)]
+            readers += [self._read(number, counts) for _ in range(whole)]
             sizes += [source.size] * whole
             if share := source.weight - whole:
                 draw = np.random.default_rng([self.live.seed, epoch, 3, number])
-                readers.append(_sample(self._read(source, counts), share, draw))
+                readers.append(_sample(self._read(number, counts), share, draw))
                 sizes.append(source.size * share)
         borders = list(itertools.accumulate(sizes))
         while readers:
@@ -339,7 +342,7 @@ class StreamBins(IterableDataset):
                 del readers[place], sizes[place]
                 borders = list(itertools.accumulate(sizes))
 
-    def _read(self, source: LiveSource, counts: RowCounts) -> Iterator[Item]:
-        records = itertools.islice(source.open(), self.live.data.max_train_samples)
+    def _read(self, number: int, counts: RowCounts) -> Iterator[Item]:
+        records = itertools.islice(self.live.sources[number].open(), self.live.data.max_train_samples)
         while chunk := list(itertools.islice(records, _ENCODED_AT_ONCE)):
-            yield from _rows(source, chunk, self.live.data, self.embedding_rows, counts)
+            yield from _rows(self.live, number, chunk, self.embedding_rows, counts)

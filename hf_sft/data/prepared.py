@@ -86,7 +86,7 @@ def mix(parts: Sequence[Part], *, seed: int) -> PreparedData:
     total.duplicates = hashes.duplicates()
     rows = [_weighted(part, number, len(parts), seed) for number, part in enumerate(parts)]
     whole = rows[0] if len(rows) == 1 else concatenate_datasets(rows)
-    report = {**total.report(), "rows": len(whole), "sources": [part.report() for part in parts]}
+    report = {**total.report(), "rows": len(whole), **total.histograms(), "sources": [part.report() for part in parts]}
     return PreparedData(mark(whole), report)
 
 

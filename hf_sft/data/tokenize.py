@@ -15,6 +15,7 @@ from hf_sft.data.chat import IGNORE, EncodingError, SpecialTokenError, TokenRow
 Overlength = Literal["drop", "truncate", "split", "error"]
 _MOST_EXAMPLES = 10
 _LENGTH_STEP = 256  # tokens
+_MOST_BARS = 24  # of a histogram
 
 
 def supervised_tokens(labels: list[int]) -> int:
@@ -108,13 +109,18 @@ class RowCounts:
     formats: Counter[str] = field(default_factory=Counter)
     special_tokens: Counter[str] = field(default_factory=Counter)
     too_long: Counter[str] = field(default_factory=Counter)  # by the next multiple of _LENGTH_STEP
+    lengths: Counter[str] = field(default_factory=Counter)  # rows by their tokens
+    shares: Counter[str] = field(default_factory=Counter)  # and by the tenth that their learned share is in, 0 to 9
     bad: Counter[str] = field(default_factory=Counter)
     bad_examples: list[str] = field(default_factory=list)
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> RowCounts:
         """The counts that ``vars`` and JSON made plain values of."""
-        counters = {name: Counter(values[name]) for name in ("formats", "special_tokens", "too_long", "bad")}
+        counters = {
+            name: Counter(values[name])
+            for name in ("formats", "special_tokens", "too_long", "lengths", "shares", "bad")
+        }
         return cls(**{**values, **counters})
 
     def add(self, other: RowCounts) -> None:
@@ -185,9 +191,12 @@ class RowCounts:
         """Count rows that are trained on."""
         self.rows += len(rows)
         for row in rows:
-            self.tokens += len(row["input_ids"])
-            self.supervised += supervised_tokens(row["labels"])
-            self.longest = max(self.longest, len(row["input_ids"]))
+            length, learned = len(row["input_ids"]), supervised_tokens(row["labels"])
+            self.tokens += length
+            self.supervised += learned
+            self.longest = max(self.longest, length)
+            self.lengths[str(length)] += 1
+            self.shares[str(min(9, 10 * learned // max(1, length)))] += 1
 
     def report(self) -> dict[str, Any]:
         """The counts as plain values for ``data_report.json``."""
@@ -208,3 +217,20 @@ class RowCounts:
             "formats": dict(self.formats),
             "special_tokens_in_text": dict(self.special_tokens),
         }
+
+    def histograms(self) -> dict[str, Any]:
+        """Of rows, by their tokens and by their learned share in per cent: ``counts[i]`` of them lie in
+        [borders[i], borders[i + 1]); the last border belongs to the last bin."""
+        lengths = {int(length): count for length, count in self.lengths.items()}
+        shares = {10 * int(tenth): count for tenth, count in self.shares.items()}
+        width = next(size for power in range(12) for size in (10**power, 2 * 10**power, 5 * 10**power)
+                     if self.longest / size < _MOST_BARS)  # fmt: skip
+        return {
+            "length_histogram": _histogram(lengths, range(0, self.longest + width + 1, width)),
+            "share_histogram": _histogram(shares, range(0, 101, 10)),
+        }
+
+
+def _histogram(values: Mapping[int, int], borders: Sequence[int]) -> dict[str, list[int]]:
+    counts, _ = np.histogram(list(values), borders, weights=list(values.values()))
+    return {"borders": list(borders), "counts": counts.astype(int).tolist()}

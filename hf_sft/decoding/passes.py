@@ -14,6 +14,7 @@ A pass takes the run, the filled tokens of the window and its mask slots, in thi
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,7 @@ from hf_sft.attention.backends import layer_windows
 from hf_sft.attention.dense import as_mask
 from hf_sft.attention.protocol import is_routed
 from hf_sft.decoding.cache import RowCache
+from hf_sft.decoding.draws import Draws, without_token
 from hf_sft.models.wrappers import base_model
 
 
@@ -36,11 +38,8 @@ class Rules:
     window: int
     entropy_threshold: float
     distance_penalty: float
-    temperature: float
-    top_p: float
-    top_k: int
     verify: bool
-    generator: torch.Generator | None = None
+    draws: Draws
 
 
 @dataclass
@@ -84,13 +83,20 @@ class Decoder:
     Args:
         model: a causal LM in evaluation mode, bare or with PEFT.
         prompts: token ids, at least one each.
-        max_new_tokens: per row.
+        max_new_tokens: of each row.
+        forward: what is called in place of ``model``, with the same arguments.
     """
 
     def __init__(
-        self, model: Any, prompts: list[list[int]], max_new_tokens: int, rules: Rules, use_cache: bool
+        self,
+        model: Any,
+        prompts: list[list[int]],
+        max_new_tokens: list[int],
+        rules: Rules,
+        use_cache: bool,
+        forward: Callable[..., Any] | None = None,
     ) -> None:
-        self.model, self.rules = model, rules
+        self.model, self.rules = forward or model, rules
         self.masks = AttentionMasks(base_model(model))
         self.cache = RowCache() if use_cache else None
         base = base_model(model)
@@ -98,12 +104,13 @@ class Decoder:
         self._spread = len(set((getattr(base, "hf_device_map", None) or {}).values())) > 1
         device = input_device(base)
         lengths = [len(prompt) for prompt in prompts]
-        positions = max(lengths) + max_new_tokens + 1
+        stops = [length + count for length, count in zip(lengths, max_new_tokens, strict=True)]
+        positions = max(stops) + 1
         self.tokens = torch.full((len(prompts), positions), rules.mask_token_id, device=device)
         for row, prompt in enumerate(prompts):
             self.tokens[row, : len(prompt)] = torch.tensor(prompt, device=device)
         self.start = torch.tensor(lengths, device=device)
-        self.stop = self.start + max_new_tokens
+        self.stop = torch.tensor(stops, device=device)
         self.filled = torch.arange(positions, device=device) < self.start[:, None]
         self.order = torch.zeros_like(self.tokens)  # the number of the pass after which a position was filled
         self.sure = self.start.clone()
@@ -118,10 +125,16 @@ class Decoder:
     def run(self) -> list[Row]:
         """Decode until every row has ended."""
         while (place := self._next_pass()) is not None:
-            self.passes += 1
-            self._count(place)
             self._step(place)
         return [self.finished[row] for row in sorted(self.finished)]
+
+    def stream(self) -> Iterator[Row]:
+        """Decode the only prompt; before each pass, and in the end, all that is sure so far."""
+        while (place := self._next_pass()) is not None:
+            sure = slice(self.prompt_lengths[0], place.sure[0])
+            yield Row(self.tokens[0, sure].tolist(), self.order[0, sure].tolist(), self.passes, self.processed[0])
+            self._step(place)
+        yield self.finished[0]
 
     def _next_pass(self) -> _Pass | None:
         """Let finished rows go and say where the others stand; None: all have ended."""
@@ -172,6 +185,8 @@ class Decoder:
 
     def _step(self, place: _Pass) -> None:
         """One pass: run the model, check drafts, fill slots, move the border of the cache."""
+        self.passes += 1
+        self._count(place)
         front, last = place.front_B, place.last_B
         positions, shown = self._arrange(place.tokens, last)
         logits, rank = self._forward(positions, shown, place)
@@ -236,18 +251,9 @@ class Decoder:
 
     def _predict(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """[B, S, V] logits to [B, S] tokens and the entropies (nats) of the untempered distributions; the mask id is excluded."""
-        logits = self._without_mask(logits)
+        logits = without_token(logits, self.rules.mask_token_id)
         entropy = torch.special.entr(torch.softmax(logits, dim=-1)).sum(-1)
-        if not self.rules.temperature:
-            return logits.argmax(-1), entropy
-        kept = filter_logits(logits / self.rules.temperature, self.rules.top_k, self.rules.top_p)
-        drawn = torch.multinomial(torch.softmax(kept, dim=-1).flatten(0, 1), 1, generator=self.rules.generator)
-        return drawn.view(entropy.shape), entropy
-
-    def _without_mask(self, logits: Tensor) -> Tensor:
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
-        logits[..., self.rules.mask_token_id] = -torch.inf
-        return logits
+        return self.rules.draws(logits), entropy
 
     def _choose(self, entropy: Tensor, distance: Tensor, there: Tensor) -> Tensor:
         """[B, S] slots to fill: those below the threshold, else the lowest one."""
@@ -269,7 +275,7 @@ class Decoder:
         steps = torch.arange(count, device=front.device)
         at = self.sure[:, None] + steps  # the positions that these rows choose the tokens of
         rows = rank[(at - 1 - self.cached[:, None]).clamp(max=len(rank) - 1)]
-        greedy = self._without_mask(_take(logits, rows)).argmax(-1)
+        greedy = without_token(_take(logits, rows), self.rules.mask_token_id).argmax(-1)
         drafted = at < front[:, None]
         at = at.clamp(max=self.tokens.shape[1] - 1)
         agrees = (self.tokens.gather(1, at) == greedy) & drafted
@@ -328,19 +334,6 @@ class AttentionMasks:
 def input_device(base: Any) -> torch.device:
     """Where token ids have to be."""
     return base.get_input_embeddings().weight.device
-
-
-def filter_logits(logits: Tensor, top_k: int, top_p: float) -> Tensor:
-    """[..., V] logits with -inf for all but the ``top_k`` largest (0: all), and of these all but the smallest set of tokens
-    that together have a probability of at least ``top_p`` (nucleus sampling, arXiv 1904.09751)."""
-    if 0 < top_k < logits.shape[-1]:
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[..., -1:], -torch.inf)
-    if top_p < 1.0:
-        descending, index = logits.sort(dim=-1, descending=True)
-        probability = torch.softmax(descending, dim=-1)
-        before = probability.cumsum(-1) - probability
-        logits = logits.masked_fill((before >= top_p).gather(-1, index.argsort(-1)), -torch.inf)
-    return logits
 
 
 def _take(logits: Tensor, rows: Tensor) -> Tensor:

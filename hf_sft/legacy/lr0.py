@@ -36,6 +36,8 @@ _NO_STOP = (
     "a model that is not taught to end its answers never stops; leave it out: the end of every answer is learned (turns with "
     "train: false are not)"
 )
+_EMA_DECAY = 0.999
+_EMA_NOTE = "the average of the weights; its decay grew to 0.9999 over thousands of steps, which short runs have not"
 _PEFT = {  # fields of a PEFT LoraConfig -> ours
     "r": "lora_rank", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout", "target_modules": "lora_target_modules",
     "bias": "lora_bias", "use_dora": "use_dora", "use_rslora": "use_rslora", "modules_to_save": "modules_to_save",
@@ -235,6 +237,24 @@ def _records(value: Any, values: Values) -> Any:
     return int(number)
 
 
+def _patience(value: Any, values: Values) -> Any:
+    if is_none(value):
+        return DROP
+    if not asks(values, *_EVALUATION):
+        return _NO_EVALUATION
+    if not asks(values, "validation_step_interval_prop", "eval_strategy", "evaluation_strategy"):
+        return Gone("nothing is evaluated while the model trains")
+    return value
+
+
+def _metrics(value: Any, values: Values) -> Any:
+    """Texts are generated where one of the metrics is of texts."""
+    asked = {str(name).lower() for name in (value if isinstance(value, list) else [value])}
+    if not asked - {"ppl", "perplexity", "loss", "none"}:
+        return Gone("an evaluation measures loss, perplexity and token accuracy")
+    return 0 if asks(values, *_EVALUATION) else _NO_EVALUATION
+
+
 # ---- devices ----
 
 
@@ -292,8 +312,10 @@ LR0: dict[str, Old] = {
     **dict.fromkeys(("cls_token_id", "sep_token_id", "unk_token_id"), Old(None, note="no row of training has it")),
     "data_verbose": Old(None, note="data_report.json and hf-sft inspect show the data"),
     "train_verbose": Old(None, note="disable_tqdm and log_level say how much is shown"),
-    "inference_result_verbose": Old(None, note="an evaluation writes no answers; hf-sft generate does"),
-    "generation_max_time": Old(None, note="an evaluation writes no answers; hf-sft generate does"),
+    "inference_result_verbose": Old(None, note="answers are in predictions.jsonl and in the report"),
+    "generation_max_time": Old(
+        None, note="generation_max_new_tokens limits an answer, max_generation_seconds all of them"
+    ),
     "del_logits_after_forward": Old(None, note="the logits of a step never stand in memory at once"),
     "deterministic": Old("full_determinism"),
     "device": Old("use_cpu", _device, doc="cpu; other devices are chosen by the launcher and CUDA_VISIBLE_DEVICES"),
@@ -343,14 +365,14 @@ LR0: dict[str, Old] = {
     "scheduler_type": Old("lr_scheduler_type", seeing=_scheduler),
     "momentum": Old("adam_beta1", note="it was the first beta of AdamW"),
     "warmup_momentum": Old(None, note="the betas of AdamW do not change during training"),
-    "early_stop_criterion": Old(
-        None, note="training is not stopped early; load_best_model_at_end keeps the best checkpoint instead"
-    ),
-    "ema_updating": Old(
-        None, Only(NONE, "a moving average of the weights is not available in this version; leave it out")
-    ),
+    "early_stop_criterion": Old("early_stopping_patience", seeing=_patience, note="evaluations without an improvement"),
+    "ema_updating": Old("ema_decay", lambda value: _EMA_DECAY if flag(value) else DROP, note=_EMA_NOTE),
     "common": Old(None, note="losses and learning rate are always logged"),
-    "metrics": Old(None, note="an evaluation measures loss, perplexity and token accuracy"),
+    "metrics": Old(
+        "generation_eval_steps",
+        seeing=_metrics,
+        doc="0 (in every evaluation) where one of them is of generated text; answers are scored by all that can be computed",
+    ),
     "fast_validation_n": Old("max_eval_samples", seeing=_records, doc="a number of records, not a share"),
     "fast_validation_step_interval": Old(
         None, note="an evaluation takes every batch; max_eval_samples makes it shorter"

@@ -169,20 +169,23 @@ def quantization_kind(model: ModelArguments) -> str | None:
 
 def check_max_seq_length(model: PreTrainedModel | PretrainedConfig, max_seq_length: int) -> None:
     """Raise ValueError if ``max_seq_length`` (tokens) is beyond the positions the model knows; models without positions pass."""
-    whole: Any = getattr(model, "config", model)
-    config = whole.get_text_config()
-    known = getattr(config, "max_position_embeddings", None)
-    if not isinstance(known, int) or known <= 0:
-        return
-    rope = getattr(config, "rope_parameters", None) or {}
-    original, factor = rope.get("original_max_position_embeddings"), rope.get("factor")
-    if original and factor:
-        known = max(known, int(original * factor))
-    if max_seq_length > known:
+    known = known_positions(getattr(model, "config", model))
+    if known is not None and max_seq_length > known:
         raise ValueError(
             f"max_seq_length {max_seq_length} is beyond the model's {known} positions. Set max_seq_length to at most {known}, "
             "or take a model with a longer context (from scratch: config_overrides max_position_embeddings)."
         )
+
+
+def known_positions(config: Any) -> int | None:
+    """Positions that a model of ``config`` was made for, stretched ones included; None where it names none."""
+    config = config.get_text_config()
+    known = getattr(config, "max_position_embeddings", None)
+    if not isinstance(known, int) or known <= 0:
+        return None
+    rope = getattr(config, "rope_parameters", None) or {}
+    original, factor = rope.get("original_max_position_embeddings"), rope.get("factor")
+    return max(known, int(original * factor)) if original and factor else known
 
 
 def scratch_config(model: ModelArguments, tokenizer: PreTrainedTokenizerFast | None = None) -> PretrainedConfig:

@@ -16,10 +16,12 @@ def base_model(model: Any) -> PreTrainedModel:
 
 @contextmanager
 def evaluating(model: Any) -> Iterator[None]:
-    """``model`` without dropout; its mode is put back afterwards."""
-    training = model.training
+    """``model`` without dropout; its mode, and that of each part, is put back afterwards."""
+    modes = [(part, part.training) for part in model.modules()]
     model.eval()
     try:
         yield
     finally:
-        model.train(training)
+        model.train(modes[0][1])
+        for part, training in modes:
+            part.training = training

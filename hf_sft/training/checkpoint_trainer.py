@@ -74,8 +74,13 @@ class CheckpointTrainer(ResumingTrainer):
         self._go_on_from(checkpoint)
         self._stopping = self._stopped = False
         self._ended_step = self._saved_step = -1
-        with Preemption(self.args.ddp_timeout) as self._preemption:
-            output = super().train(checkpoint, *args, **kwargs)
+        at_start = self.args.eval_on_start
+        self.args.eval_on_start = at_start and checkpoint is None  # that of the whole run, not of what is left of it
+        try:
+            with Preemption(self.args.ddp_timeout) as self._preemption:
+                output = super().train(checkpoint, *args, **kwargs)
+        finally:
+            self.args.eval_on_start = at_start
         if self._stopped:
             raise Preempted
         return cast(TrainOutput, output)

@@ -70,6 +70,7 @@ class DPOTrainer(SFTTrainer):
 
     objective: Preference  # type: ignore[assignment]
     _tasks = ("dpo",)
+    _learned = "pair"
     _goes_on = _has_begun = False
     reference_kind: str | None = None
 
@@ -122,6 +123,8 @@ class DPOTrainer(SFTTrainer):
         # 3. sums for the log, without waiting for the device.
         sums = self._train_sums if model.training else self._eval_sums
         sums.add(pairs.sums, inputs["num_tokens"])
+        if model.training:
+            self.watch.add(self.state.global_step + 1, inputs["doc_origins"], pairs.each)
         # 4. the value is the pairs', the gradient the rows'; engines average gradients over ranks, and N is already global.
         loss = pairs.loss.to(scores.loss) + (scores.loss - scores.loss.detach()) + router_loss / micro_batches
         loss = loss * (self.args.world_size if num_items_in_batch is not None else 1)
@@ -293,9 +296,11 @@ class _PairScores:
     Attributes:
         loss: [] of the micro-batch.
         sums: name -> [] the sums over its pairs that ``PairTotals`` has.
+        each: [P] the loss of each pair.
     """
 
     loss: Tensor
+    each: Tensor
     sums: dict[str, Tensor]
 
     def __init__(self, objective: Preference, batch: Batch, reference: Tensor | None, items: Tensor) -> None:
@@ -318,6 +323,7 @@ class _PairScores:
         self.loss = total.detach()
         chosen, rejected = rewards.detach().unbind(1)
         logps = logps.detach().view(-1, 2)
+        self.each = losses.detach()
         preferred = (chosen > rejected).to(dtype) + 0.5 * (chosen == rejected)
         columns = losses.detach(), torch.ones_like(chosen), chosen, rejected, preferred, logps[:, 0], logps[:, 1]
         values = [column.sum() for column in columns] + [chosen_nll.detach(), tokens.view(-1, 2)[:, 0].sum()]

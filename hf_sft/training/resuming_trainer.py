@@ -125,6 +125,7 @@ class ResumingTrainer(ShardedTrainer):
                 self._evaluate_late(how)
         if self.state.global_step >= self.state.max_steps:  # Trainer looks only after a step
             self.control.should_training_stop = True
+        if self.control.should_training_stop:  # or a callback has said so before the first one
             return
         super()._run_epoch(**how)
 

@@ -49,9 +49,12 @@ _ELSEWHERE = {
 }
 
 
+_OWN = {"freeze", "thaw_at_step", "evaluation_args", "ema_args"}  # what classes between Trainer and SFTTrainer take
+
+
 def check_options(options: dict[str, Any]) -> None:
     """Refuse keywords that ``Trainer`` does not take, or that would be ignored."""
-    known = set(inspect.signature(Trainer.__init__).parameters) - {"compute_loss_func"} | {"freeze", "thaw_at_step"}
+    known = set(inspect.signature(Trainer.__init__).parameters) - {"compute_loss_func"} | _OWN
     for name, value in options.items():
         if name not in known or (name == "compute_loss_func" and value is not None):
             instead = (

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, PredictionOutput, TrainOutput
 
-from hf_sft.arguments import DataArguments, WeDLMArguments
+from hf_sft.arguments import DataArguments, MonitoringArguments, WeDLMArguments
 from hf_sft.attention.layout import Layout
 from hf_sft.checkpoints import verify_adapter, verify_weights
 from hf_sft.collators import CONTRACT_KEYS, Batch
@@ -35,10 +36,12 @@ from hf_sft.models.adapters import save_adapter
 from hf_sft.models.families import router_loss_coefficient
 from hf_sft.models.head import HeadScorer, RowWeight
 from hf_sft.models.routers import RouterRecorder
-from hf_sft.models.sharded import whole_numel
 from hf_sft.models.wrappers import base_model
 from hf_sft.objectives import Objective
-from hf_sft.training.checkpoint_trainer import CheckpointTrainer
+from hf_sft.training.answering_trainer import AnsweringTrainer
+from hf_sft.training.divergence import DivergenceWatch, RowTeller, document_losses, source_names
+from hf_sft.training.monitoring import LOG_FILE, install_monitoring, keep_report
+from hf_sft.training.profiling import Meter, flops_per_token
 from hf_sft.training.setup import (
     check_arguments,
     check_options,
@@ -54,7 +57,7 @@ from hf_sft.training_arguments import TrainingArguments
 logger = logging.getLogger(__name__)
 
 
-class SFTTrainer(CheckpointTrainer):
+class SFTTrainer(AnsweringTrainer):
     """Fine-tune a causal LM on conversations or token rows.
 
     Args:
@@ -71,6 +74,9 @@ class SFTTrainer(CheckpointTrainer):
         data_collator: replaces ours; must return ``input_ids`` and ``labels`` of the same shape (one document per row).
         freeze, thaw_at_step: patterns for names of weights that are not trained, or not before that step; see
             ``ThawingTrainer``.
+        evaluation_args, ema_args: answers to evaluation prompts, early stopping and more; an average of the weights. See
+            ``AnsweringTrainer`` and ``AveragingTrainer``.
+        monitoring_args: steps to profile, and whether a divergence ends the training; see ``docs/monitoring.md``.
         compute_metrics, callbacks, optimizers, ...: as in ``Trainer``. With ``compute_metrics`` evaluation runs on padded
             batches and collects logits.
 
@@ -80,6 +86,7 @@ class SFTTrainer(CheckpointTrainer):
     """
 
     _tasks: tuple[str, ...] = ("sft", "pretrain")
+    _learned = "document"  # what a row is
 
     def __init__(
         self,
@@ -95,6 +102,7 @@ class SFTTrainer(CheckpointTrainer):
         peft_config: Any = None,
         attention_backend: str = "auto",
         router_aux_loss_coef: float | None = None,
+        monitoring_args: MonitoringArguments | None = None,
         callbacks: list[TrainerCallback] | None = None,
         **trainer_options: Any,
     ) -> None:
@@ -124,6 +132,9 @@ class SFTTrainer(CheckpointTrainer):
         self._read_model(model, processing_class, args)
         self._train_sums = self._eval_sums = self._new_sums(args.device)
         self._clock, self._logs_step = time.perf_counter(), False
+        monitoring = MonitoringArguments() if monitoring_args is None else monitoring_args
+        self.watch = DivergenceWatch(monitoring.stop_on_divergence, self._learned)
+        self._source_names = source_names(train_dataset)
         train = None if train_dataset is None else self._bins(train_dataset, processing_class)
         if isinstance(eval_dataset, dict):
             eval_dataset = {k: self._bins(v, processing_class, evaluation=True) for k, v in eval_dataset.items()}
@@ -141,6 +152,8 @@ class SFTTrainer(CheckpointTrainer):
         )
         # The loss is divided by N of the whole step here, and by nothing else in Trainer.
         self.loss_is_scaled_for_ga = True
+        install_monitoring(self, monitoring)
+        self.meter = Meter.of(self.args, base_model(model))
         if self.compute_metrics is not None:
             self.compute_metrics = _on_documents(self.compute_metrics, self)
 
@@ -231,18 +244,19 @@ class SFTTrainer(CheckpointTrainer):
         return inspect.signature(self._base.forward).parameters
 
     def _add_scores(self, model: nn.Module, batch: Batch, scores: RowScores) -> None:
+        if model.training:
+            losses = document_losses(scores.nll, batch["target_doc"], len(batch["doc_lengths"]))
+            self.watch.add(self.state.global_step + 1, batch.get("doc_origins"), losses)
         sums = self._train_sums if model.training else self._eval_sums
         sums.add(scores, batch["target_weight"], batch["target_kind"], batch["num_items"], batch["num_tokens"])
 
     def floating_point_ops(self, inputs: Batch) -> int:
-        """6 x parameters x tokens (Kaplan et al., arXiv 2001.08361), noisy streams counted and padding not; parameters are
-        counted once."""
-        return 6 * self._parameter_count * sum(inputs["doc_lengths"])
+        """Those of :func:`flops_per_token` for each token, noisy streams counted and padding not."""
+        return self._flops_per_token * sum(inputs["doc_lengths"])
 
     @cached_property
-    def _parameter_count(self) -> int:
-        embeddings = {id(module.weight) for module in self._base.modules() if isinstance(module, nn.Embedding)}
-        return sum(whole_numel(p) for p in self._base.parameters() if id(p) not in embeddings)
+    def _flops_per_token(self) -> int:
+        return flops_per_token(self._base)
 
     # ---- evaluation ----
 
@@ -301,8 +315,18 @@ class SFTTrainer(CheckpointTrainer):
         """``Trainer.train``; True or ``auto`` resumes from the newest complete checkpoint, if there is one."""
         self._train_sums, self._clock = self._new_sums(self.args.device), time.perf_counter()
         self._run_state = self._train_sums.state()
-        output = super().train(resume_from_checkpoint, *args, **kwargs)
+        self.watch.begin()
+        try:
+            output = super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:  # a run that has failed has a report too, once it has begun
+            if self.is_world_process_zero() and Path(str(self.args.output_dir), LOG_FILE).is_file():
+                keep_report(str(self.args.output_dir))
         return output._replace(training_loss=output.metrics["train_loss"])
+
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        where = super()._init_training_state(*args, **kwargs)
+        self.meter.begin(self.state.total_flos)
+        return where
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         prepared = super()._prepare_for_training(*args, **kwargs)
@@ -316,19 +340,25 @@ class SFTTrainer(CheckpointTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Make the losses of training means over tokens; add token accuracy, tokens per second and supervised share."""
-        if self._logs_step and "loss" in logs:
+        if of_training := self._logs_step and "loss" in logs:
             self._logs_step = False
             totals = self._drain()
             logs["loss"] = totals.loss(self.objective.coefficients)
             logs.update(self.objective.log(totals))
             logs.update({} if totals.router_loss is None else {"router_loss": totals.router_loss})
-            logs["tokens_per_second"] = totals.tokens / (time.perf_counter() - self._clock)
+            seconds = time.perf_counter() - self._clock
+            logs["tokens_per_second"] = totals.tokens / seconds
+            logs.update(self.meter.read(self.state.total_flos, seconds))
             self._clock = time.perf_counter()
         elif "train_loss" in logs and "train_runtime" in logs:
             self._drain()
             logs.pop("train_samples_per_second", None)  # Trainer counts bins there
             logs["train_loss"] = self._train_sums.totals(self._run_state).loss(self.objective.coefficients)
         super().log(logs, start_time)
+        if of_training:
+            names, speaks = self._source_names, self.args.process_index == 0
+            rows = RowTeller(self.train_dataset, names, self.processing_class, speaks=speaks)
+            self.watch.look(self.state.log_history, rows, scaled=self.args.fp16)
 
     def _drain(self) -> Any:
         """The sums since the last call, over all ranks; they go into those of the whole run."""
@@ -349,13 +379,17 @@ class SFTTrainer(CheckpointTrainer):
         with self._stopped_clock():
             return super()._evaluate(*args, **kwargs)
 
+    def _answer_alone(self) -> None:
+        with self._stopped_clock():
+            super()._answer_alone()
+
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         with self._stopped_clock():
             super()._save_checkpoint(*args, **kwargs)
 
     @contextmanager
     def _stopped_clock(self) -> Iterator[None]:
-        """Evaluation and saving do not count in tokens per second."""
+        """Evaluation, answers and saving do not count in tokens per second."""
         start = time.perf_counter()
         yield
         self._clock += time.perf_counter() - start

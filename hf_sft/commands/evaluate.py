@@ -1,0 +1,334 @@
+"""``hf-sft evaluate``: what trained models are worth on a file and on benchmarks, side by side."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_sft.commands.benchmarks import check_tasks, run_benchmarks
+from hf_sft.commands.options import add_decoding_options, decoding_options
+from hf_sft.evaluation_checks import ANSWER_METRICS
+
+if TYPE_CHECKING:
+    from hf_sft.commands.measuring import Column
+
+logger = logging.getLogger("hf_sft")
+
+BASE = "base"  # of --compare: the model that the training began from
+_DETAILS = "masked_loss_at_", "masked_accuracy_at_"  # a line for each masking ratio, for the file alone
+
+
+def main(argv: Sequence[str]) -> int:
+    """Evaluate as ``argv`` says; returns 0. Raises ValueError for everything that a user can put right."""
+    options, rest = _parser().parse_known_args(argv)
+    _check(options, rest)
+    _log_to_terminal()
+    from hf_sft.models.mask_token import recorded_mask_token
+    from hf_sft.models.wrappers import base_model
+
+    subjects = _subjects(options)
+    columns: list[Column] = []
+    template = None
+    for number, (name, path, record) in enumerate(subjects):
+        model, tokenizer = _load(path, options, base=options.base if number == 0 else None)
+        if number == 0:
+            template = tokenizer.chat_template
+        elif template is not None:
+            tokenizer.chat_template = template  # all models are asked in the same words
+        decoding = decoding_options(options)
+        if number > 0 and recorded_mask_token(base_model(model)) is None:
+            decoding = {}  # a model that is compared may answer token by token alone
+        columns += _columns((name, path, record), model, tokenizer, options, (decoding, rest))
+        del model
+        _free()
+    _warn_of_different_tokens(columns)
+    _print(columns)
+    _write(columns, options)
+    return 0
+
+
+# ---- options ----
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="hf-sft evaluate",
+        description="Measure a model, an adapter or the output folder of a run on a file: loss, and answers to its prompts.",
+        epilog="How the data are read is taken from the run's args.json. Every argument of hf-sft train may follow and wins, "
+        "such as --max_seq_length or --task_type.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "model", help="folder (or hub name) of a model, folder of an adapter, or output folder of a run"
+    )
+    parser.add_argument("--file", nargs="+", help="the data, in any format that train reads; with the answers expected")
+    parser.add_argument("--checkpoint", help="of an output folder: best, last, or the N of checkpoint-N")
+    parser.add_argument(
+        "--compare", nargs="+", default=[], metavar="MODEL",
+        help="measure other models as well, side by side; base: the one that the training began from",
+    )  # fmt: skip
+    parser.add_argument("--base", help="the adapter's base; default: what the adapter names")
+    parser.add_argument("--dtype", help="type of the weights: float32, bfloat16 or float16; default: the model's own")
+    parser.add_argument(
+        "--raw_weights", action="store_true", help="the weights themselves, where their average was saved"
+    )
+    parser.add_argument("--trust_remote_code", action="store_true", help="run Python code that the model brings along")
+    parser.add_argument("--output", help="new file for all figures (.json)")
+    parser.add_argument("--rows", help="new file for the answers, each with its scores (.jsonl)")
+    answers = parser.add_argument_group("answers")
+    answers.add_argument(
+        "--metrics", nargs="+", default=[], help=f"of {', '.join(ANSWER_METRICS)}; default: all that are there"
+    )
+    answers.add_argument(
+        "--samples", type=int, default=200, metavar="N", help="answer the first N prompts; default: 200"
+    )
+    answers.add_argument("--max_new_tokens", type=int, default=256)
+    answers.add_argument("--batch_size", type=int, default=8, help="prompts, or bins of rows, at a time; default: 8")
+    answers.add_argument("--no_generation", action="store_true", help="measure the loss alone")
+    parallel = parser.add_argument_group("models trained as WeDLM, which answer in parallel and token by token")
+    add_decoding_options(parallel)
+    parallel.add_argument("--autoregressive", action="store_true", help="token by token alone")
+    harness = parser.add_argument_group("benchmarks, by lm-evaluation-harness (lm-eval)")
+    harness.add_argument("--tasks", help="names, separated by commas, such as gsm8k,hellaswag")
+    harness.add_argument("--task_folder", help="folder with task files of your own")
+    harness.add_argument("--num_fewshot", type=int, help="examples in front of each question; default: the task's own")
+    harness.add_argument("--limit", type=int, metavar="N", help="the first N records of each task, to try it out")
+    harness.add_argument("--apply_chat_template", action="store_true", help="ask in the model's chat template")
+    return parser
+
+
+def _check(options: argparse.Namespace, rest: Sequence[str]) -> None:
+    """What can be seen to be wrong before anything is loaded."""
+    from hf_sft.answer_metrics import available
+
+    if not options.file and not options.tasks:
+        raise ValueError("name the data with --file, or benchmarks with --tasks")
+    if rest and not rest[0].startswith("-"):
+        raise ValueError(f"hf-sft evaluate takes one model, and {rest[0]!r} is one more: compare them with --compare")
+    if foreign := [word for word in rest if word.partition("=")[0] in ("--train_file", "--eval_file", "--output_dir")]:
+        raise ValueError(
+            f"{foreign[0]} belongs to hf-sft train: name the data with --file, and a file for the figures with --output"
+        )
+    for name in ("samples", "max_new_tokens", "batch_size", "limit"):
+        if (value := getattr(options, name)) is not None and value < 1:
+            raise ValueError(
+                f"--{name} is {value}: use at least 1" + (", or --no_generation" if name == "samples" else "")
+            )
+    for name, suffix in (("output", ".json"), ("rows", ".jsonl")):
+        if (path := getattr(options, name)) is not None:
+            _check_new(name, path, suffix)
+    if options.no_generation and (options.metrics or options.rows):
+        given = "--metrics" if options.metrics else "--rows"
+        raise ValueError(f"--no_generation makes no answers, and {given} needs them: leave out one of them")
+    if options.autoregressive and (named := decoding_options(options)):
+        raise ValueError(f"{', '.join(named)} decodes in parallel, and autoregressive does not; leave out one of them")
+    if missing := available(options.metrics)[1] if options.metrics else {}:
+        raise ValueError(f"metrics: {'; '.join(missing.values())}")
+    for name in ("task_folder", "num_fewshot", "limit", "apply_chat_template"):
+        if getattr(options, name) and not options.tasks:
+            raise ValueError(f"--{name} belongs to benchmarks: name them with --tasks, or leave it out")
+    for file in options.file or ():
+        if Path(file).is_file() and not Path(file).stat().st_size:
+            raise ValueError(f"{file} is empty: write one record per line")
+    if options.tasks:
+        check_tasks(options.tasks.split(","), options.task_folder)
+
+
+def _check_new(name: str, path: str, suffix: str) -> None:
+    if Path(path).suffix != suffix:
+        raise ValueError(f"--{name} is {path!r}: the name of this file ends with {suffix}")
+    if Path(path).exists():
+        raise ValueError(f"--{name} {path!r} exists, and nothing is overwritten: name a new file, or remove it")
+
+
+def _log_to_terminal() -> None:
+    from types import SimpleNamespace
+
+    from hf_sft.commands.train import log_to_terminal
+
+    log_to_terminal(SimpleNamespace(local_process_index=0))
+
+
+# ---- models ----
+
+
+def _subjects(options: argparse.Namespace) -> list[tuple[str, str, Mapping[str, Any]]]:
+    """Name, place and args.json of each model; those compared are read as the first one's run read its data."""
+    from hf_sft.commands.measuring import recorded
+    from hf_sft.models.inference import find_model
+
+    first = find_model(options.model, options.checkpoint)
+    record = recorded(first)
+    name = options.model if options.checkpoint is None else f"{options.model} ({options.checkpoint})"
+    found: list[tuple[str, str, Mapping[str, Any]]] = [(name, first, record)]
+    for other in options.compare:
+        if other == BASE:
+            found.append((BASE, _base_of(first, record, options.base), record))
+        else:
+            path = find_model(other, None)
+            found.append((other, path, record or recorded(path)))
+    return found
+
+
+def _base_of(path: str, record: Mapping[str, Any], given: str | None) -> str:
+    """The model that a training began from."""
+    from hf_sft.models.adapters import read_adapter_config
+
+    named = given
+    if named is None and Path(path, "adapter_config.json").is_file():
+        named = read_adapter_config(path).base_model_name_or_path
+    named = named or (record.get("model") or {}).get("model_name_or_path")
+    if not named:
+        raise ValueError(
+            f"--compare base: neither an adapter nor an args.json in {path} names the model that the training began from; give "
+            "its folder to --compare"
+        )
+    return str(named)
+
+
+def _load(path: str, options: argparse.Namespace, base: str | None) -> tuple[Any, Any]:
+    from hf_sft.models.inference import load_for_inference
+
+    return load_for_inference(
+        path,
+        base=base,
+        dtype=options.dtype,
+        trust_remote_code=options.trust_remote_code,
+        averaged=not options.raw_weights,
+    )
+
+
+def _free() -> None:
+    """Make room for the next model: a trainer and its model hold each other."""
+    import gc
+
+    import torch
+
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def _columns(
+    subject: tuple[str, str, Mapping[str, Any]],
+    model: Any,
+    tokenizer: Any,
+    options: argparse.Namespace,
+    more: tuple[Mapping[str, Any], Sequence[str]],
+) -> list[Column]:
+    """Everything that is measured of one model."""
+    from hf_sft.commands.measuring import Column, Request, measure
+
+    (name, path, record), (decoding, words) = subject, more
+    columns = [Column(name, path, None, {})]
+    if options.file:
+        request = Request(
+            files=options.file,
+            metrics=options.metrics,
+            samples=0 if options.no_generation else options.samples,
+            decoding=decoding,
+            words=words,
+            **{key: getattr(options, key) for key in ("max_new_tokens", "batch_size", "autoregressive")},
+        )
+        columns = measure(name, path, model, tokenizer, record, request)
+    if options.tasks:
+        scores = run_benchmarks(
+            model,
+            tokenizer,
+            options.tasks.split(","),
+            batch_size=options.batch_size,
+            limit=options.limit,
+            num_fewshot=options.num_fewshot,
+            folder=options.task_folder,
+            chat=options.apply_chat_template,
+        )
+        columns[-1].metrics.update(scores)  # the harness decodes token by token
+    return columns
+
+
+def _warn_of_different_tokens(columns: Sequence[Column]) -> None:
+    counts = {column.metrics.get("supervised_tokens") for column in columns}
+    if len(counts) > 1:
+        logger.warning(
+            "the models cut the answers into different numbers of tokens: compare no values per token (loss, perplexity)"
+        )
+
+
+# ---- results ----
+
+
+def _print(columns: Sequence[Column]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table()
+    table.add_column("metric")
+    for column, name in zip(columns, _short([column.model for column in columns]), strict=True):
+        title = Text(f"{name}\n{column.decoding}" if column.decoding else name)
+        table.add_column(title, justify="right", overflow="fold")
+    names = dict.fromkeys(name for column in columns for name in column.metrics if not name.startswith(_DETAILS))
+    for name in names:
+        table.add_row(Text(name), *(_told(column.metrics.get(name)) for column in columns))
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack the table's lines
+    console = Console(file=sys.stdout)
+    console.print(table)
+    for note in dict.fromkeys(note for column in columns for note in column.notes):
+        of = dict.fromkeys(column.model for column in columns if note in column.notes)
+        everywhere = len(of) == len({column.model for column in columns})
+        console.print(Text(note if everywhere else f"{', '.join(of)}: {note}"), soft_wrap=True)
+
+
+def _short(names: Sequence[str]) -> list[str]:
+    """The ends of paths, where they are enough to tell the models apart."""
+    short = {}
+    for name in names:
+        parts = Path(name).parts
+        is_checkpoint = parts[-1].startswith(("checkpoint-", "best", "last"))
+        short[name] = "/".join(parts[-2 if is_checkpoint else -1 :])
+    return [short[name] if len(set(short.values())) == len(short) else name for name in names]
+
+
+def _told(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if abs(value) < 1e4 else f"{value:.3e}"
+
+
+def _write(columns: Sequence[Column], options: argparse.Namespace) -> None:
+    from hf_sft.checkpoints import versions
+    from hf_sft.data.cache import write_file
+
+    if options.rows is not None:
+        _check_new("rows", options.rows, ".jsonl")
+        lines = (json.dumps(row, ensure_ascii=False) for column in columns for row in column.rows)
+        print(f"Rows: {write_file(options.rows, ''.join(line + chr(10) for line in lines))}")
+    if options.output is not None:
+        _check_new("output", options.output, ".json")
+        result = {
+            "file": options.file,
+            "options": {key: value for key, value in vars(options).items() if key not in ("file", "output", "rows")},
+            "results": [
+                {key: getattr(column, key) for key in ("model", "path", "decoding", "metrics", "notes")}
+                for column in columns
+            ],
+            "versions": versions(),
+        }
+        print(
+            f"JSON: {write_file(options.output, json.dumps(_finite(result), indent=1, ensure_ascii=False) + chr(10))}"
+        )
+
+
+def _finite(value: Any) -> Any:
+    """With "inf" and "NaN" as texts, which any reader of JSON takes."""
+    if isinstance(value, dict):
+        return {key: _finite(held) for key, held in value.items()}
+    if isinstance(value, list):
+        return [_finite(held) for held in value]
+    return str(value).replace("nan", "NaN") if isinstance(value, float) and not math.isfinite(value) else value
