@@ -163,7 +163,7 @@ def test_low_precision_weights_come_back_exactly() -> None:
         ({"ema_decay": 0.9, "zero_stage": 2}, "DeepSpeed is in use"),
     ],
 )
-def test_what_is_refused(changes, message) -> None:
+def test_what_is_refused(no_engine_starts, changes, message) -> None:
     with pytest.raises(ArgumentsError, match=message):
         parse_values({"model_name_or_path": "m", "train_file": "t", "output_dir": "o", "use_cpu": True, **changes})
 

@@ -85,6 +85,7 @@ def test_stopped_and_resumed_equals_undisturbed(tmp_path, capsys, case: str) -> 
         "args.json",
         "data_report.json",
         "log.jsonl",
+        "report.html",
     ]
     assert os.readlink(out / "last") == f"checkpoint-{step}"
     runs.train({**values, "resume_from_checkpoint": "auto"})

@@ -108,7 +108,9 @@ def test_a_diverged_model_is_not_saved(tmp_path) -> None:
     values = runs.arguments(tmp_path, learning_rate=1e30, max_grad_norm=0, lr_scheduler_type="constant", warmup_steps=0)
     with pytest.raises(ValueError, match=r"diverged: loss is nan in the log of step [2-8],.*Lower learning_rate"):
         runs.train(values)
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["args.json", "data_report.json", "log.jsonl"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "args.json", "data_report.json", "log.jsonl", "report.html",
+    ]  # fmt: skip
 
 
 def test_a_run_that_fails_before_its_first_step_can_be_mended(tmp_path, monkeypatch) -> None:

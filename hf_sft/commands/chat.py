@@ -146,11 +146,10 @@ class Chat:
         """Answer a message; both join the conversation, unless nothing was answered."""
         self.turns.append({"role": "user", "content": message})
         try:
-            prompt = self._prompt()
+            text = self._stream(self._prompt())
         except ValueError:
             self.turns.pop()
             raise
-        text = self._stream(prompt)
         if text is not None:
             self.turns.append({"role": "assistant", "content": text})
         else:
