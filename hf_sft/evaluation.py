@@ -87,12 +87,14 @@ def answer_prompts(
     batch_size: int,
     batches: int | None = None,
     out_of_time: Callable[[], bool] = lambda: False,
+    answered: Callable[[], object] = lambda: None,
 ) -> list[Prediction]:
     """Answer the longest prompts first, so that prompts of a batch are about as long as each other.
 
     Args:
         batches: how many are made; those beyond the prompts are empty. For processes that must make forwards together.
         out_of_time: asked before each batch; if it says so, what is left is not answered.
+        answered: called after each batch.
 
     Returns:
         the answered ones, in the order of their rows.
@@ -108,6 +110,7 @@ def answer_prompts(
             text = tokenizer.decode(prompt.ids, skip_special_tokens=True)
             counts = len(answer.tokens), answer.forwards, answer.stopped
             found.append(Prediction(prompt.row, text, prompt.reference, answerer.text(answer), *counts))
+        answered()
     return sorted(found, key=lambda prediction: prediction.row)
 
 

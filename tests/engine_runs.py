@@ -78,7 +78,7 @@ if __name__ == "__main__":
     with mock.patch.object(SFTTrainer, "save_model", counted(SFTTrainer.save_model)):
         for values in json.loads(Path(sys.argv[1]).read_text()):
             arguments = parse_args(runs.words(values))
-            train.log_to_terminal(arguments.training)
+            train.log_to_terminal(arguments.training.local_process_index)
             assert train.run(arguments) == 0
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_sft.commands.benchmarks import check_tasks, run_benchmarks
-from hf_sft.commands.options import add_decoding_options, decoding_options
+from hf_sft.commands.options import add_decoding_options, add_model_options, decoding_options, load_found
 from hf_sft.evaluation_checks import ANSWER_METRICS
 
 if TYPE_CHECKING:
@@ -28,15 +28,16 @@ def main(argv: Sequence[str]) -> int:
     """Evaluate as ``argv`` says; returns 0. Raises ValueError for everything that a user can put right."""
     options, rest = _parser().parse_known_args(argv)
     _check(options, rest)
-    _log_to_terminal()
+    from hf_sft.commands.train import log_to_terminal
     from hf_sft.models.mask_token import recorded_mask_token
     from hf_sft.models.wrappers import base_model
 
+    log_to_terminal()
     subjects = _subjects(options)
     columns: list[Column] = []
     template = None
     for number, (name, path, record) in enumerate(subjects):
-        model, tokenizer = _load(path, options, base=options.base if number == 0 else None)
+        model, tokenizer = load_found(path, options, options.base if number == 0 else None)
         if number == 0:
             template = tokenizer.chat_template
         elif template is not None:
@@ -64,21 +65,12 @@ def _parser() -> argparse.ArgumentParser:
         "such as --max_seq_length or --task_type.",
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "model", help="folder (or hub name) of a model, folder of an adapter, or output folder of a run"
-    )
+    add_model_options(parser)
     parser.add_argument("--file", nargs="+", help="the data, in any format that train reads; with the answers expected")
-    parser.add_argument("--checkpoint", help="of an output folder: best, last, or the N of checkpoint-N")
     parser.add_argument(
         "--compare", nargs="+", default=[], metavar="MODEL",
         help="measure other models as well, side by side; base: the one that the training began from",
     )  # fmt: skip
-    parser.add_argument("--base", help="the adapter's base; default: what the adapter names")
-    parser.add_argument("--dtype", help="type of the weights: float32, bfloat16 or float16; default: the model's own")
-    parser.add_argument(
-        "--raw_weights", action="store_true", help="the weights themselves, where their average was saved"
-    )
-    parser.add_argument("--trust_remote_code", action="store_true", help="run Python code that the model brings along")
     parser.add_argument("--output", help="new file for all figures (.json)")
     parser.add_argument("--rows", help="new file for the answers, each with its scores (.jsonl)")
     answers = parser.add_argument_group("answers")
@@ -147,14 +139,6 @@ def _check_new(name: str, path: str, suffix: str) -> None:
         raise ValueError(f"--{name} {path!r} exists, and nothing is overwritten: name a new file, or remove it")
 
 
-def _log_to_terminal() -> None:
-    from types import SimpleNamespace
-
-    from hf_sft.commands.train import log_to_terminal
-
-    log_to_terminal(SimpleNamespace(local_process_index=0))
-
-
 # ---- models ----
 
 
@@ -190,18 +174,6 @@ def _base_of(path: str, record: Mapping[str, Any], given: str | None) -> str:
             "its folder to --compare"
         )
     return str(named)
-
-
-def _load(path: str, options: argparse.Namespace, base: str | None) -> tuple[Any, Any]:
-    from hf_sft.models.inference import load_for_inference
-
-    return load_for_inference(
-        path,
-        base=base,
-        dtype=options.dtype,
-        trust_remote_code=options.trust_remote_code,
-        averaged=not options.raw_weights,
-    )
 
 
 def _free() -> None:

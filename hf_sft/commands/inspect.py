@@ -47,7 +47,7 @@ def data(words: Sequence[str]) -> int:
         options.train_args_file = rest.pop(0)  # as train takes it
     _check(options, rest)
     arguments = parse_data_run(options, rest)
-    log_to_terminal(arguments.training)
+    log_to_terminal(arguments.training.local_process_index)
     inspection = _inspect(arguments, options)
     _print(inspection, options)
     if options.json is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -67,14 +68,21 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 def load_model_of(options: argparse.Namespace) -> tuple[Any, Any]:
     """Model and tokenizer of :func:`add_model_options`."""
-    from hf_sft.models.averages import AVERAGE_FILE
-    from hf_sft.models.inference import find_model, load_for_inference
+    from hf_sft.models.inference import find_model
 
-    name, averaged = find_model(options.model, options.checkpoint), not options.raw_weights
-    if averaged and Path(name, AVERAGE_FILE).is_file():
+    return load_found(find_model(options.model, options.checkpoint), options, options.base)
+
+
+def load_found(name: str, options: argparse.Namespace, base: str | None) -> tuple[Any, Any]:
+    """Model and tokenizer of a folder or hub name, on ``base`` if it is an adapter, otherwise as the options say."""
+    from hf_sft.models.averages import AVERAGE_FILE
+    from hf_sft.models.inference import load_for_inference
+
+    averaged, told = not options.raw_weights, logging.getLogger("hf_sft").isEnabledFor(logging.INFO)
+    if averaged and not told and Path(name, AVERAGE_FILE).is_file():
         print(f"the weights are the averages in {AVERAGE_FILE}; --raw_weights takes the others", file=sys.stderr)
     return load_for_inference(
-        name, base=options.base, dtype=options.dtype, trust_remote_code=options.trust_remote_code, averaged=averaged
+        name, base=base, dtype=options.dtype, trust_remote_code=options.trust_remote_code, averaged=averaged
     )
 
 

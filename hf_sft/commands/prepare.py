@@ -22,7 +22,7 @@ def main(argv: Sequence[str]) -> int:
 
     check_new_folder(options.output_dir)
     arguments = parse_data_run(options, rest)
-    log_to_terminal(arguments.training)
+    log_to_terminal(arguments.training.local_process_index)
     if arguments.data.is_live:
         raise ValueError("streaming and lazy_preprocess tokenise while the model trains: leave them out of prepare")
     tokenizer, objective = read_data_side(arguments)

@@ -23,7 +23,7 @@ def main(argv: Sequence[str]) -> int:
     from hf_sft.training.failures import ending_together
 
     arguments = parse_args(argv)
-    log_to_terminal(arguments.training)
+    log_to_terminal(arguments.training.local_process_index)
     enter_environment(arguments.environment, arguments.training.report_to)
     for note in arguments.notes:
         logger.warning(note)
@@ -286,10 +286,10 @@ def _no_empty_folder(output_dir: str) -> Iterator[None]:
         raise
 
 
-def log_to_terminal(training: Any) -> None:
+def log_to_terminal(local_process_index: int = 0) -> None:
     """Our lines on the terminal, from one process per machine; warnings from all."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
     logger.handlers = [handler]
     logger.propagate = False
-    logger.setLevel(logging.INFO if training.local_process_index == 0 else logging.WARNING)
+    logger.setLevel(logging.INFO if local_process_index == 0 else logging.WARNING)

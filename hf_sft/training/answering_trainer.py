@@ -22,7 +22,7 @@ from hf_sft.evaluation import Prediction, answer_prompts, prompts_of, score_pred
 from hf_sft.evaluation_checks import ANSWER_METRICS, DECODING_METRICS
 from hf_sft.training.averaging_trainer import AveragingTrainer
 from hf_sft.training.early_stopping import EarlyStopping
-from hf_sft.training.monitoring import EvaluateWithinEpochs, drop_later_lines
+from hf_sft.training.monitoring import EvaluateWithinEpochs, drop_later_lines, progress_bar
 from hf_sft.training.together import gathered, raised_together
 
 logger = logging.getLogger(__name__)
@@ -178,14 +178,17 @@ class AnsweringTrainer(AveragingTrainer):
             autoregressive=self.data_args.objective != "wedlm",
             together=together,
         )
-        with self.averaged(), self.compute_loss_context_manager():
+        batches = -(-len(prompts) // (size * world))
+        bar = progress_bar(batches, "answers", self.args, leave=False)
+        with self.averaged(), self.compute_loss_context_manager(), bar:
             found = answer_prompts(
                 prompts[rank::world],
                 answerer,
                 tokenizer,
                 batch_size=size,
-                batches=-(-len(prompts) // (size * world)),
+                batches=batches,
                 out_of_time=out_of_time,
+                answered=bar.update,
             )
         return sorted((each for share in gathered(found) for each in share), key=lambda each: each.row)
 
