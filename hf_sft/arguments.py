@@ -291,7 +291,7 @@ class EvaluationArguments:
     generation_eval_steps: int | None = arg(
         None,
         "Answer evaluation prompts after every N optimizer steps and in the last evaluation, and score the answers; 0: in every "
-        "evaluation. Default: nothing is generated.",
+        "evaluation, as always where metric_for_best_model is of answers. Default: nothing is generated.",
     )
     generation_eval_samples: int = arg(32, "The number of evaluation prompts that are answered: the first ones.")
     generation_batch_size: int = arg(8, "Prompts that a process answers at the same time.")
@@ -341,7 +341,9 @@ class MonitoringArguments:
         None, "FIRST:LAST, the optimizer steps that PyTorch's profiler records into output_dir/profile, such as 5:7."
     )
     stop_on_divergence: bool = arg(
-        False, "End the training at a line of the log whose loss is not finite or has jumped. Default: warn."
+        False,
+        "End the training at a line of the log whose loss or gradient norm is not finite, or whose loss has jumped. "
+        "Default: warn.",
     )
 
 

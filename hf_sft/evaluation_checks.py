@@ -36,7 +36,12 @@ def check_metric(training: Any, data: DataArguments, evaluation: EvaluationArgum
     if metric in of_answers:
         if evaluation.generation_eval_steps is None:
             yield f"metric_for_best_model is {metric}, which is measured on answers: set generation_eval_steps"
-        elif asked := evaluation.generation_metrics:
+        if evaluation.max_generation_seconds is not None:
+            yield (
+                f"metric_for_best_model is {metric} and max_generation_seconds is {evaluation.max_generation_seconds:g}: which "
+                "prompts are answered, and so which checkpoint is best, would depend on the speed; leave one of them out"
+            )
+        if asked := evaluation.generation_metrics:
             measured = {name for kind in asked for name in ANSWER_METRICS.get(kind, ())} | set(DECODING_METRICS)
             if metric not in measured:
                 kind = next(kind for kind, names in ANSWER_METRICS.items() if metric in names)

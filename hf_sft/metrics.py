@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,6 +65,21 @@ class TokenTotals:
     def supervised_share(self) -> float:
         """Next-token rows per token; NaN without tokens."""
         return self.rows[0] / self.tokens if self.tokens else math.nan
+
+
+def evaluated(history: Iterable[Mapping[str, Any]], metric: str) -> dict[int, float]:
+    """step -> the last value of ``metric`` in an evaluation there. Lines of answers alone, between evaluations, do not count.
+
+    Args:
+        history: lines of the log, each with a ``step``.
+        metric: with or without ``eval_`` before it.
+    """
+    name = metric if metric.startswith("eval_") else f"eval_{metric}"
+    return {line["step"]: line[name] for line in history if name in line and any(map(_is_runtime, line))}
+
+
+def _is_runtime(key: str) -> bool:
+    return key.startswith("eval_") and key.endswith("_runtime")
 
 
 def sum_dtype(device: torch.device) -> torch.dtype:

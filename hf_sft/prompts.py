@@ -112,11 +112,11 @@ def encode_request(request: Request, tokenizer: Any, *, system: str | None = Non
 def _ids(request: Request, tokenizer: Any, system: str | None, raw: bool) -> list[int]:
     if raw:
         text = str(request.prompt)
-        ids = tokenizer(text)["input_ids"]
+        ids = tokenizer(text, verbose=False)["input_ids"]
         if ids and ids[-1] == tokenizer.eos_token_id and not text.endswith(str(tokenizer.eos_token)):
             ids = ids[:-1]  # some tokenizers close each text
     else:
-        ids = tokenizer(_render(request, tokenizer, system), add_special_tokens=False)["input_ids"]
+        ids = tokenizer(_render(request, tokenizer, system), add_special_tokens=False, verbose=False)["input_ids"]
     if not ids:
         raise ValueError(f"the prompt {request.prompt!r} has no tokens; write something for the model to go on from")
     return list(ids)

@@ -75,7 +75,7 @@ def watch(out: Path, visit: Callable[[str], None]) -> None:
         elif event == "os.rename" and named(parts[1]):
             visit(f"rename {named(parts[1])}")
         elif event == "os.remove" and (named(parts[0]) or parts[1] != -1):  # inside rmtree names are relative
-            visit(f"remove {os.path.basename(os.fspath(parts[0]))}")
+            visit(f"remove {os.path.basename(os.fspath(parts[0])).removesuffix(f'.{os.getpid()}')}")
         elif event == "os.symlink":
             visit(f"symlink {named(parts[1])}")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from pathlib import Path
 
 import pytest
@@ -163,7 +164,7 @@ def test_a_model_that_never_stops_is_told_of(tmp_path, caplog, monkeypatch) -> N
 
 
 def history(*values, name="eval_loss"):
-    return [{"step": 10 * (number + 1), name: value} for number, value in enumerate(values)]
+    return [{"step": 10 * (number + 1), name: value, "eval_runtime": 1.0} for number, value in enumerate(values)]
 
 
 @pytest.mark.parametrize(
@@ -183,10 +184,11 @@ def test_early_stopping_looks_at_the_log_alone(values, threshold, ends) -> None:
 
     args = SimpleNamespace(metric_for_best_model=None, greater_is_better=None)
     control = SimpleNamespace(should_training_stop=False)
-    state = SimpleNamespace(log_history=[*history(*values), {"step": 50, "loss": 1.0}])
+    alone = [{"step": step, "eval_loss": 9.0} for step in (5, 15, 45)]  # no evaluations
+    state = SimpleNamespace(log_history=[*alone, *history(*values), *alone, {"step": 50, "loss": 1.0}])
     EarlyStopping(2, threshold).on_evaluate(args, state, control)
     assert control.should_training_stop is ends
-    args.metric_for_best_model, args.greater_is_better = "eval_token_accuracy", True
+    args.metric_for_best_model, args.greater_is_better = "eval_token_accuracy", None
     state.log_history = history(*[-value for value in values], name="eval_token_accuracy")
     control.should_training_stop = False
     EarlyStopping(2, threshold).on_train_begin(args, state, control)
@@ -236,6 +238,9 @@ def test_what_is_refused(changes, message) -> None:
         parse_values(values)
 
 
+ROWS = [{"input_ids": [1, 2, 3, 4], "labels": [-100, -100, 3, 4]}] * 4
+
+
 def test_metrics_that_cannot_be_computed(tmp_path, monkeypatch) -> None:
     why = {"meteor": "meteor needs WordNet"}
     monkeypatch.setattr("hf_sft.training.answering_trainer.available", lambda names, references: (["bleu"], why))
@@ -243,5 +248,89 @@ def test_metrics_that_cannot_be_computed(tmp_path, monkeypatch) -> None:
         SFTTrainer(
             tiny.tiny_model(),
             processing_class=tiny.tiny_tokenizer(),
+            eval_dataset=ROWS,
             evaluation_args=EvaluationArguments(generation_eval_steps=1, generation_metrics=["meteor"]),
         )
+
+
+def make(folder: Path, eval_dataset, evaluation_args, **more):
+    from hf_sft import TrainingArguments
+
+    args = TrainingArguments(
+        output_dir=str(folder / "out"),
+        use_cpu=True,
+        max_steps=2,
+        disable_tqdm=True,
+        per_device_train_batch_size=1,
+        **more,
+    )
+    return SFTTrainer(
+        tiny.tiny_model(), args, train_dataset=ROWS, eval_dataset=eval_dataset, processing_class=tiny.tiny_tokenizer(),
+        evaluation_args=evaluation_args,
+    )  # fmt: skip
+
+
+def test_data_without_prompts_and_trainers_without_a_tokenizer(tmp_path) -> None:
+    asked = EvaluationArguments(generation_eval_steps=1, generation_max_new_tokens=3)
+    with pytest.raises(ValueError, match="no row of the evaluation data has a prompt"):
+        make(tmp_path, [{"input_ids": [1, 2], "labels": [1, 2]}], asked)
+    with pytest.raises(ValueError, match="has no tokenizer: pass it as processing_class"):
+        SFTTrainer(tiny.tiny_model(), eval_dataset=ROWS, evaluation_args=asked)
+    with pytest.raises(ValueError, match="say by metric_for_best_model which of them counts, such as eval_a_loss"):
+        make(tmp_path, {"a": ROWS, "b": ROWS}, EvaluationArguments(early_stopping_patience=1))
+
+
+def test_several_evaluation_sets(tmp_path) -> None:
+    """Each has metrics and answers of its own, and a metric of one of them can choose the best checkpoint."""
+    other = [{"input_ids": [5, 6, 7, 8, 9], "labels": [-100, -100, -100, 8, 9]}]
+    asked = EvaluationArguments(
+        generation_eval_steps=2, generation_max_new_tokens=3, generation_metrics=["edit_distance"]
+    )
+    more = dict(eval_strategy="steps", eval_steps=1, metric_for_best_model="eval_b_edit_chars", logging_steps=1)
+    trainer = make(tmp_path, {"a": ROWS, "b": other}, asked, **more)
+    trainer.train()
+    lines = [line for line in trainer.state.log_history if "eval_b_edit_chars" in line]
+    assert [line["step"] for line in lines] == [1, 2]
+    assert {(record["split"], record["step"]) for record in records(tmp_path / "out")} == {
+        (name, step) for name in "ab" for step in (1, 2)
+    }
+    # Another data set at the same step, under the name of one that was answered.
+    trainer.is_in_train, trainer._known.in_train = True, True
+    first = trainer.evaluate(other, metric_key_prefix="eval_a")
+    assert first["eval_a_edit_chars"] == lines[-1]["eval_b_edit_chars"]
+
+
+def test_speed_does_not_count_answers_and_saving(tmp_path) -> None:
+    """Answers before a checkpoint stop the clock in a stopped clock."""
+    changes = dict(max_steps=6, eval_strategy="no", save_strategy="steps", save_steps=2, generation_eval_steps=2)
+    out, trainer = runs.train_in_memory(arguments(tmp_path, generation_max_new_tokens=30, **changes))
+    assert min(runs.history(out, "tokens_per_second")) > 0
+    with trainer._stopped_clock():
+        began = trainer._clock
+        with trainer._stopped_clock():
+            time.sleep(0.05)
+    assert 0.05 <= trainer._clock - began < 0.1
+
+
+def test_stop_check_that_a_kill_prevented_is_made(tmp_path, monkeypatch) -> None:
+    values = runs.arguments(
+        tmp_path, max_steps=2, save_strategy="steps", save_steps=2, stop_check_samples=1, generation_max_new_tokens=3
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(SFTTrainer, "check_stopping", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            runs.train(values)
+    assert not (tmp_path / "out" / "stop_check.json").exists()
+    runs.train({**values, "resume_from_checkpoint": "auto"})
+    first = (tmp_path / "out" / "stop_check.json").stat().st_mtime_ns
+    runs.train({**values, "resume_from_checkpoint": "auto"})  # finished: nothing is made anew
+    assert (tmp_path / "out" / "stop_check.json").stat().st_mtime_ns == first
+
+
+def test_answers_of_the_training_are_no_check_of_the_result(tmp_path) -> None:
+    changes = dict(max_steps=1, eval_strategy="no", generation_eval_steps=1)
+    _, trainer = runs.train_in_memory(arguments(tmp_path, **changes))
+    made = trainer.predictions
+    assert trainer.check_stopping(1)["answers"][0]["answer"] == made[0].answer  # those of the last evaluation
+    trainer._known.in_train, trainer.predictions = True, []
+    assert trainer.check_stopping(1)["checked"] == 1

@@ -340,3 +340,12 @@ def test_no_character_is_shown_half(real, request) -> None:
         for _ in range(50):  # bytes that are no text
             tokens = [rng.randrange(259) for _ in range(rng.randint(1, 30))]
             assert "".join(pieces(tokenizer, tokens, rng)) == tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+def test_bytes_that_are_no_text_are_refused() -> None:
+    from hf_sft.commands.chat import Chat
+
+    chat = Chat(None)
+    with pytest.raises(ValueError, match="the message is not valid UTF-8"):
+        chat._answer(b"caf\xe9".decode("utf-8", "surrogateescape"))
+    assert chat.turns == []

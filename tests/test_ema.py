@@ -78,6 +78,34 @@ def test_average_is_a_plain_recomputation(tmp_path, monkeypatch, mode, first) ->
     assert not (out / AVERAGE_FILE).exists()
 
 
+def test_best_before_the_average_begins(tmp_path) -> None:
+    values = runs.arguments(
+        tmp_path, max_steps=4, save_strategy="steps", save_steps=2, ema_decay=DECAY, ema_start_step=3, eval_steps=2,
+        load_best_model_at_end=True, metric_for_best_model="token_accuracy", greater_is_better=True,
+        eval_file=str(tmp_path / "eval.jsonl"), eval_strategy="steps",
+    )  # fmt: skip
+    out, trainer = runs.train_in_memory(values)
+    assert Path(trainer.state.best_model_checkpoint).name == "checkpoint-2"
+    raw = load_file(out / "checkpoint-2" / "model.safetensors")
+    assert all(torch.equal(value, raw[name]) for name, value in runs.weights(out).items())
+
+
+def test_answers_are_of_the_average(tmp_path, monkeypatch) -> None:
+    from hf_sft.training import answering_trainer
+
+    used, answer = [], answering_trainer.answer_prompts
+
+    def answered(prompts, answerer, *parts, **named):
+        used.append({k: v.detach().clone() for k, v in answerer.model.named_parameters()})
+        return answer(prompts, answerer, *parts, **named)
+
+    monkeypatch.setattr(answering_trainer, "answer_prompts", answered)
+    changes = dict(generation_eval_steps=2, generation_max_new_tokens=2, eval_file=str(tmp_path / "eval.jsonl"))
+    _, trainer = runs.train_in_memory(runs.arguments(tmp_path, max_steps=2, ema_decay=DECAY, **changes))
+    assert len(used) == 2
+    assert all(torch.equal(weights[k], v) for weights in used for k, v in trainer.average.average.items())
+
+
 def test_evaluation_is_of_the_average(tmp_path) -> None:
     changes = dict(
         max_steps=4, ema_decay=DECAY, eval_file=str(tmp_path / "eval.jsonl"), eval_strategy="steps", eval_steps=4

@@ -100,7 +100,7 @@ def test_a_file_of_records(wedlm, tmp_path, capsys) -> None:
     assert lines[0]["prompt"] == [{"role": "user", "content": "Hi"}] and lines[1]["prompt"] == "a b c"
     assert all(1 <= line["forwards"] <= 9 and (line["tokens"] == 9) != line["stopped"] for line in lines)
     printed = capsys.readouterr().out
-    assert "> three\n" in printed and "> text alone\n" in printed
+    assert printed == ""  # what fills more than a batch stands in the file alone
     assert sorted(path.name for path in out.parent.iterdir()) == ["out.jsonl", "out.jsonl.run.json"]
     written = out.read_bytes()
     assert main(words) == 0 and out.read_bytes() == written

@@ -22,6 +22,8 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from hf_sft import tasks
 from hf_sft.arguments import DataArguments, MonitoringArguments
 from hf_sft.data.live import StreamBins
+from hf_sft.reports import read_run
+from hf_sft.reports.findings import find_problems
 from hf_sft.training import divergence, monitoring, profiling
 from hf_sft.training.divergence import DivergenceWatch, RowTeller, Suspect, document_losses, jumped
 from hf_sft.training.monitoring import EvaluateWithinEpochs, JSONLog, LinePrinter, ProgressBars, drop_later_lines
@@ -101,8 +103,11 @@ def test_the_row_without_a_finite_loss_is_named(tmp_path, how: str) -> None:
     excerpt = " ".join(tiny.tiny_tokenizer().decode(row["input_ids"]).split())[:80]
     assert f": {excerpt!r}" in text and "Lower learning_rate" in text
     assert not list(tmp_path.glob("checkpoint*"))
-    last = lines_of(tmp_path)[-1]  # the line itself is written
+    last, end = lines_of(tmp_path)[-2:]  # the line itself is written, and what ended the run
     assert last["loss"] == "NaN" and f"log of step {last['step']}" in text
+    assert end["error"] == text
+    run = read_run(tmp_path)
+    assert run.outcome == "diverged" and any(text in notice.text for notice in find_problems(run))
 
 
 def test_without_a_stop_it_is_a_warning_now_and_then(tmp_path, caplog) -> None:

@@ -64,6 +64,7 @@ CASES = {  # the step of the signal, and what else is due there
     "evaluation": (4, {}),
     "checkpoint": (5, {"save_strategy": "steps", "save_steps": 5}),
     "weights_alone": (5, {"save_strategy": "steps", "save_steps": 2, "save_only_model": True}),
+    "answers": (3, {"generation_eval_steps": 3, "generation_eval_samples": 2, "generation_max_new_tokens": 4}),
     "last": (8, {}),
     "workers": (3, {"dataloader_num_workers": 2}),
     "persistent_workers": (3, {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}),
@@ -96,6 +97,9 @@ def test_stopped_and_resumed_equals_undisturbed(tmp_path, capsys, case: str) -> 
     ]
     expected, found = ([plain(line) for line in history if "train_runtime" not in line] for history in histories)
     assert found == expected
+    logs = [map(json.loads, (folder / "log.jsonl").read_text().splitlines()) for folder in (undisturbed, out)]
+    expected, found = ([plain(line) for line in lines if "train_runtime" not in line] for lines in logs)
+    assert [{**line, "time": 0} for line in found] == [{**line, "time": 0} for line in expected]
     for file, name in (("eval_results.json", "eval_loss"), ("train_results.json", "train_loss")):
         if (out / file).exists():  # nothing was trained where all steps had been taken
             results = [json.loads((folder / file).read_text())[name] for folder in (undisturbed, out)]

@@ -16,6 +16,7 @@ from test_pages import EVIL, Page, polylines, read
 
 from hf_sft.cli import main
 from hf_sft.reports import read_run, read_runs, report_page, write_report
+from hf_sft.reports.findings import find_problems
 from hf_sft.reports.runs import generations
 from hf_sft.reports.words import count, date, duration, figure, listed, percent
 
@@ -107,7 +108,7 @@ def test_what_a_page_says(tmp_path) -> None:
     assert "training loss 2.1 2.8 at step 5" in text and "tokens per second 12.3k median" in text
     assert "tokens seen 1,024" in text and "peak memory 0.9 GiB" in text and "training time 3 min 20 s" in text
     assert "answers that ended by themselves 3 of 4" in text
-    for title in ("Loss (nats per token)", "Learning rate", "Gradient norm", "Tokens per second", "Memory, peak (GiB)",
+    for title in ("Loss (nats)", "Learning rate", "Gradient norm", "Tokens per second", "Memory, peak (GiB)",
                   "BLEU and chrF (0 to 100)", "Tokens of a row", "Learned share of a row"):  # fmt: skip
         assert html.count(f'aria-label="{title}"') == 1, title
     assert "packing 4 bins of 160 tokens, 80.0 % full" in text
@@ -386,3 +387,17 @@ def test_a_browser_has_nothing_to_complain_of(tmp_path) -> None:
     assert "CONSOLE" not in done.stderr
     width, charts = map(int, re.findall("<title>(.*?)</title>", done.stdout)[0].split())
     assert width == 360 and charts == 10  # nothing reaches beyond a phone's screen
+
+
+def test_the_report_says_what_the_result_is(tmp_path) -> None:
+    """The best checkpoint, and the average; a note under fp16, which skips steps whose gradient norm is not finite."""
+    training = {"load_best_model_at_end": True, "metric_for_best_model": "rougeL", "fp16": True}
+    (tmp_path / "args.json").write_text(json.dumps({"training": training, "ema": {"ema_decay": 0.95}}))
+    state = {"best_model_checkpoint": "out/checkpoint-40", "best_metric": 0.105, "global_step": 80, "log_history": []}
+    (tmp_path / "trainer_state.json").write_text(json.dumps(state))
+    lines = [{"step": 80, "loss": 1.0, "grad_norm": "inf"}, {"step": 80, "train_runtime": 1.0, "train_loss": 1.0}]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps({"time": 0.0, **line}) + "\n" for line in lines))
+    found = {notice.text: notice.severity for notice in find_problems(read_run(tmp_path))}
+    assert found["The result is checkpoint-40, the best by rougeL (0.105); later steps are not in it."] == "note"
+    assert found["Evaluations and the result are of the average of the weights (ema_decay 0.95)."] == "note"
+    assert found["The gradient norm is not finite in 1 line of the log, first at step 80."] == "note"

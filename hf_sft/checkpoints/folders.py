@@ -17,6 +17,8 @@ logger = logging.getLogger(__name__)
 MARKER = "complete.json"  # written last: what the folder holds, and how much of it
 PROGRESS = "progress.json"  # what of the data is behind
 STATE = "trainer_state.json"
+# What a run writes beside its checkpoints as it goes: its log, its answers, and whether its result stops by itself.
+LOG, PREDICTIONS, STOP_CHECK = "log.jsonl", "predictions.jsonl", "stop_check.json"
 _ARCHIVE = re.compile(r".*\.pth?|(optimizer|pytorch_model|adapter_model|scheduler)[^/]*\.bin")
 _NUMBERED = re.compile(r"checkpoint-\d+")
 

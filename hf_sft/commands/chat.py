@@ -144,6 +144,8 @@ class Chat:
 
     def _answer(self, message: str) -> None:
         """Answer a message; both join the conversation, unless nothing was answered."""
+        if any("\ud800" <= letter <= "\udfff" for letter in message):  # bytes that the terminal could not decode
+            raise ValueError("the message is not valid UTF-8; set the terminal to UTF-8 and write it again")
         self.turns.append({"role": "user", "content": message})
         try:
             text = self._stream(self._prompt())

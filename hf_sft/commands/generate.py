@@ -50,7 +50,12 @@ def main(argv: Sequence[str]) -> int:
     try:
         _report(_generate(answerer, requests, rows, options.batch_size, output))
     except KeyboardInterrupt:
-        kept = "" if output is None else f"; what is answered stands in {output.partial}, and the same command goes on"
+        begun = output is not None and output.partial.is_file()
+        kept = (
+            ""
+            if output is None or not begun
+            else f"; what is answered stands in {output.partial}, and the same command goes on"
+        )
         print(f"\nstopped{kept}", file=sys.stderr)
         return _INTERRUPTED
     return 0
@@ -76,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
 def _generate(
     answerer: Any, requests: list[Request], rows: list[list[int]], batch_size: int, output: AnswerFile | None
 ) -> list[Answer]:
-    """Answer what is not answered yet; shown, and written if there is a file."""
+    """Answer what is not answered yet; written if there is a file, and shown unless that holds more than a batch."""
     from tqdm import tqdm
 
     done = 0 if output is None else output.done
@@ -92,9 +97,10 @@ def _generate(
             texts = [answerer.text(answer) for answer in found]
             if output is not None:
                 output.append(map(_record, requests[batch], texts, found))
-            with bar.external_write_mode(file=sys.stdout):
-                for request, text in zip(requests[batch], texts, strict=True):
-                    _show(request, text, alone=len(requests) == 1)
+            if few or output is None:
+                with bar.external_write_mode(file=sys.stdout):
+                    for request, text in zip(requests[batch], texts, strict=True):
+                        _show(request, text, alone=len(requests) == 1)
             answers += found
             bar.update(len(found))
     if output is not None:

@@ -151,7 +151,7 @@ def _finish(trainer: Any, checkpoint: str) -> int:
     from hf_sft.training.together import gathered
 
     folder = Path(trainer.args.output_dir)
-    done = _has_results(folder, checkpoint, evaluated=trainer.eval_dataset is not None)
+    done = _has_results(folder, checkpoint, evaluated=trainer.eval_dataset is not None) and not trainer.owes_stop_check
     if gathered(done)[0]:  # all processes have looked before one of them writes
         logger.info("The run in %s is finished (%s); raise max_steps or num_train_epochs to go on.", folder, checkpoint)
         return 0

@@ -26,7 +26,7 @@ class Chart:
 
 _TRAINED, _EVALUATED = "training", "evaluation"
 CHARTS: dict[str, tuple[Chart, ...]] = {"Loss": (
-    Chart("Loss (nats per token)", (("loss", _TRAINED), ("eval_loss", _EVALUATED)), log=True),
+    Chart("Loss (nats)", (("loss", _TRAINED), ("eval_loss", _EVALUATED)), log=True),
     Chart("Masked and next-token loss, training", (("masked_loss", "masked"), ("next_token_loss", "next token")), log=True),
     Chart(
         "Masked loss, evaluation",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from hf_sft.inspection.findings import SEVERITIES, of
 from hf_sft.pages import Notice
@@ -128,8 +129,24 @@ def _left_out(run: Run) -> Iterator[Notice]:
             )
 
 
+def _result(run: Run) -> Iterator[Notice]:
+    """What the result is, where it is not the weights of the last step."""
+    training = run.arguments.get("training") or {}
+    best = str(run.state.get("best_model_checkpoint") or "")
+    if run.summary and training.get("load_best_model_at_end") and best:
+        metric, value = training.get("metric_for_best_model") or "loss", run.state.get("best_metric")
+        shown = f" ({figure(value)})" if isinstance(value, (int, float)) else ""
+        yield Notice(
+            "note", f"The result is {Path(best).name}, the best by {metric}{shown}; later steps are not in it."
+        )
+    if (decay := run.argument("ema_decay")) is not None:
+        yield Notice("note", f"Evaluations and the result are of the average of the weights (ema_decay {decay:g}).")
+
+
 def _ending(run: Run) -> Iterator[Notice]:
-    if run.outcome == "not finished" and run.log:
+    if run.failure:
+        yield Notice("error", f"The run ended with an error after {steps_of(run)}: {run.failure}")
+    elif run.outcome == "not finished" and run.log:
         yield Notice(
             "note",
             f"The log ends after {steps_of(run)}, and the training has not ended there: it is going on, or was interrupted.",
@@ -140,5 +157,5 @@ def _ending(run: Run) -> Iterator[Notice]:
 
 
 _CHECKS: tuple[Callable[[Run], Iterator[Notice]], ...] = (
-    _stopping, _divergence, _overfitting, _no_progress, _left_out, _ending,
+    _stopping, _divergence, _overfitting, _no_progress, _left_out, _result, _ending,
 )  # fmt: skip

@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hf_sft.checkpoints.folders import LOG, PREDICTIONS, STOP_CHECK
 from hf_sft.metrics import LINES, jumped
 
-LOG, STATE, ARGUMENTS = "log.jsonl", "trainer_state.json", "args.json"
+STATE, ARGUMENTS = "trainer_state.json", "args.json"
 _SIGNS = (LOG, STATE, ARGUMENTS)  # one of them is in every run's folder
 _NOT_FINITE = {"NaN": math.nan, "inf": math.inf, "-inf": -math.inf}
 _SUMMARY = "train_runtime"  # in the line that ends a training
@@ -34,6 +35,7 @@ class Run:
         final: the evaluation of the final model, names without ``eval_``.
         predictions: answers to evaluation prompts, as predictions.jsonl has them.
         stop_check: stop_check.json.
+        failure: the error that ended the run, behind which nothing was logged.
         remarks: what was left out while reading.
     """
 
@@ -47,6 +49,7 @@ class Run:
     final: dict[str, float] = field(default_factory=dict)
     predictions: tuple[dict[str, Any], ...] = ()
     stop_check: dict[str, Any] = field(default_factory=dict)
+    failure: str = ""
     remarks: tuple[str, ...] = ()
 
     def argument(self, name: str, default: Any = None) -> Any:
@@ -93,7 +96,9 @@ class Run:
 
     @property
     def outcome(self) -> str:
-        if self.diverged_at is not None:
+        if self.failure and "diverged" not in self.failure:
+            return "failed"
+        if self.failure or self.diverged_at is not None:
             return "diverged"
         if not self.summary:  # a run with stop_on_divergence ends at the line that jumps
             return "diverged" if self.jump is not None and self.jump[0] == self.last_step else "not finished"
@@ -164,8 +169,9 @@ def read_run(folder: str | os.PathLike[str], name: str | None = None) -> Run:
         log=tuple(log),
         summary=summary,
         final={key.removeprefix("eval_"): value for key, value in final.items() if key.startswith("eval_")},
-        predictions=tuple(_lines(path / "predictions.jsonl", remarks)),
-        stop_check=_object(path / "stop_check.json"),
+        predictions=tuple(_lines(path / PREDICTIONS, remarks)),
+        stop_check=_object(path / STOP_CHECK),
+        failure=str(lines[-1].get("error", "")) if lines else "",
         remarks=tuple(remarks),
     )
 

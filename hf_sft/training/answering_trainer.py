@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 from hf_sft.answer_metrics import available
 from hf_sft.answering import Answerer
 from hf_sft.arguments import EvaluationArguments
+from hf_sft.checkpoints.folders import PREDICTIONS, STOP_CHECK
 from hf_sft.checks import check_values
 from hf_sft.data.bins import Bins
 from hf_sft.data.cache import write_file
@@ -22,13 +23,11 @@ from hf_sft.evaluation import Prediction, answer_prompts, prompts_of, score_pred
 from hf_sft.evaluation_checks import ANSWER_METRICS, DECODING_METRICS
 from hf_sft.training.averaging_trainer import AveragingTrainer
 from hf_sft.training.early_stopping import EarlyStopping
-from hf_sft.training.monitoring import EvaluateWithinEpochs, drop_later_lines, progress_bar
+from hf_sft.training.monitoring import EvaluateWithinEpochs, progress_bar
 from hf_sft.training.together import gathered, raised_together
 
 logger = logging.getLogger(__name__)
 
-PREDICTIONS_FILE = "predictions.jsonl"
-STOP_CHECK_FILE = "stop_check.json"
 _SHOWN = 2  # answers in the log
 _SHOWN_TEXT = 300  # letters of each
 
@@ -50,6 +49,7 @@ class AnsweringTrainer(AveragingTrainer):
     """
 
     predictions: list[Prediction]
+    _may_owe = False  # answers, from before the run went on
 
     def __init__(
         self, model: Any, args: Any, *rest: Any, evaluation_args: EvaluationArguments | None = None, **options: Any
@@ -66,6 +66,11 @@ class AnsweringTrainer(AveragingTrainer):
         if asked.evals_per_epoch is not None:
             self.add_callback(EvaluateWithinEpochs(asked.evals_per_epoch))
         if asked.early_stopping_patience is not None:
+            if isinstance(self.eval_dataset, dict) and args.metric_for_best_model is None:
+                raise ValueError(
+                    "early_stopping_patience is set, and there are several evaluation sets: say by metric_for_best_model which "
+                    f"of them counts, such as eval_{next(iter(self.eval_dataset), 'name')}_loss"
+                )
             self.add_callback(EarlyStopping(asked.early_stopping_patience, asked.early_stopping_threshold))
 
     @property
@@ -75,18 +80,34 @@ class AnsweringTrainer(AveragingTrainer):
 
     def _measurable(self) -> list[str]:
         """The metrics that can be computed on the references at hand."""
-        asked, tokenizer = self.evaluation_args, self.processing_class
+        asked, tokenizer = self.evaluation_args, self._reader()
         data = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
         prompts = [each for one in data for each in prompts_of(_rows(one), tokenizer, asked.generation_eval_samples)]
+        if not prompts:
+            raise ValueError(
+                "generation_eval_steps is set, and no row of the evaluation data has a prompt before what is learned: name an "
+                "eval_file with prompts and answers, set train_on to assistant, or leave generation_eval_steps out"
+            )
         names, missing = available(asked.generation_metrics, [prompt.reference for prompt in prompts])
         if asked.generation_metrics and missing:
             raise ValueError(f"generation_metrics: {'; '.join(missing.values())}")
-        best = (self.args.metric_for_best_model or "").removeprefix("eval_")
+        best = self._best_metric()
         for name, why in missing.items():
             if best in ANSWER_METRICS[name]:
                 raise ValueError(f"metric_for_best_model is {best}: {why}")
             logger.info("answers are scored without %s: %s", name, why)
         return names
+
+    def _reader(self) -> PreTrainedTokenizerBase:
+        if self.processing_class is None:
+            raise ValueError("answers are texts, and the trainer has no tokenizer: pass it as processing_class")
+        return cast(PreTrainedTokenizerBase, self.processing_class)
+
+    def _best_metric(self) -> str:
+        """The name of ``metric_for_best_model``, without those of evaluation sets."""
+        name = (self.args.metric_for_best_model or "").removeprefix("eval_")
+        sets = self.eval_dataset if isinstance(self.eval_dataset, dict) else ()
+        return next((name.removeprefix(f"{each}_") for each in sets if name.startswith(f"{each}_")), name)
 
     # ---- when ----
 
@@ -94,7 +115,7 @@ class AnsweringTrainer(AveragingTrainer):
         """Whether the evaluation that begins now has to answer prompts."""
         if not self._answers:
             return False
-        best = (self.args.metric_for_best_model or "").removeprefix("eval_")
+        best = self._best_metric()
         measured = {name for kind in self.answer_metrics for name in ANSWER_METRICS[kind]} | set(DECODING_METRICS)
         every = self.evaluation_args.generation_eval_steps == 0
         return every or not self.is_in_train or best in measured or self._is_due()
@@ -116,8 +137,14 @@ class AnsweringTrainer(AveragingTrainer):
         if self._is_due() and not self._stopping and self._known.step != self.state.global_step:
             self._answer_alone()
 
+    def _run_epoch(self, **how: Any) -> None:  # type: ignore[override]  # as the parent has it
+        if self._may_owe:
+            self._may_owe = False
+            self._answer_late()
+        super()._run_epoch(**how)
+
     def _answer_late(self) -> None:
-        """What was due when the checkpoint was written because the run was stopped."""
+        """What was due at the step of the checkpoint that the run goes on from, and was left because the run was stopped."""
         step = self.state.global_step
         made = any(line["step"] == step and any(map(_of_answers, line)) for line in self.state.log_history)
         if self._is_due() and not made and not self._owes_evaluation:
@@ -145,20 +172,24 @@ class AnsweringTrainer(AveragingTrainer):
         step = self.state.global_step
         if self._known.step != step or not self.is_in_train or not self._known.in_train:
             self._known = _Known(step, self.is_in_train)
-        if prefix in self._known.values:
-            return self._known.values[prefix]
+        known, values = self._known.values.get(prefix, (None, {}))
+        if known is not None and known is dataset:
+            return values
         asked = self.evaluation_args
         found = self._predict(dataset, asked.generation_eval_samples, asked.max_generation_seconds)
         self.predictions, values = score_predictions(found, self.answer_metrics)
         logger.info("step %d: %d prompts answered", step, len(found))
         if found and self.is_world_process_zero():
             self._show(prefix)
-        self._known.values[prefix] = {f"{prefix}_{name}": value for name, value in values.items()}
-        return self._known.values[prefix]
+        if asked.max_generation_seconds is not None:
+            values["answered"] = len(found)
+        named = {f"{prefix}_{name}": value for name, value in values.items()}
+        self._known.values[prefix] = dataset, named
+        return named
 
     def _predict(self, dataset: Any, samples: int, seconds: float | None = None) -> list[Prediction]:
         """Answers to the first prompts of ``dataset``, the same list in all processes; all call this."""
-        tokenizer = cast(PreTrainedTokenizerBase, self.processing_class)
+        tokenizer = self._reader()
         rank, world = self.args.process_index, self.args.world_size
         size = self.evaluation_args.generation_batch_size
         with raised_together():
@@ -190,7 +221,10 @@ class AnsweringTrainer(AveragingTrainer):
                 out_of_time=out_of_time,
                 answered=bar.update,
             )
-        return sorted((each for share in gathered(found) for each in share), key=lambda each: each.row)
+        everywhere = sorted((each for share in gathered(found) for each in share), key=lambda each: each.row)
+        if len(everywhere) < len(prompts):
+            logger.warning("%d of %d prompts were answered in the time that there was", len(everywhere), len(prompts))
+        return everywhere
 
     def _together(self, busy: bool) -> bool:
         return any(gathered(busy))
@@ -203,9 +237,11 @@ class AnsweringTrainer(AveragingTrainer):
         for each in self.predictions[:_SHOWN]:
             texts = (each.prompt[-_SHOWN_TEXT:], each.reference[:_SHOWN_TEXT], each.answer[:_SHOWN_TEXT])
             logger.info("row %d: %r\n  reference: %r\n  answer:    %r", each.row, *texts)
-        more = {"step": step} if prefix == "eval" else {"step": step, "split": prefix.removeprefix("eval_")}
+        # Answers of the best checkpoint, once it is loaded, are those of its step.
+        more: dict[str, Any] = {"step": step if self._known.in_train or self._best_step is None else self._best_step}
+        more |= {} if prefix == "eval" else {"split": prefix.removeprefix("eval_")}
         records = [each.record(**more) for each in self.predictions]
-        _write_predictions(Path(str(self.args.output_dir), PREDICTIONS_FILE), records)
+        _write_predictions(Path(str(self.args.output_dir), PREDICTIONS), records)
         for callback in self.callback_handler.callbacks:
             if (writer := getattr(callback, "tb_writer", None)) is not None:
                 text = "\n\n---\n\n".join(_markdown(each) for each in self.predictions[:8])
@@ -250,8 +286,16 @@ class AnsweringTrainer(AveragingTrainer):
         result = {"checked": len(found), "stopped": stopped, "max_new_tokens": limit, "answers": answers}
         if self.is_world_process_zero():
             text = json.dumps(result, indent=2, ensure_ascii=False) + "\n"
-            write_file(Path(str(self.args.output_dir), STOP_CHECK_FILE), text)
+            write_file(Path(str(self.args.output_dir), STOP_CHECK), text)
         return result
+
+    @property
+    def owes_stop_check(self) -> bool:
+        """Whether the result has not been looked at, and can be."""
+        if not self.evaluation_args.stop_check_samples or self.data_args.task_type == "pretrain":
+            return False
+        made = Path(str(self.args.output_dir), STOP_CHECK).is_file()
+        return not made and bool(prompts_of(_rows(self._some_data()), self._reader(), 1))
 
     def _some_data(self) -> Any:
         """Evaluation data, else training data that are at hand."""
@@ -261,24 +305,22 @@ class AnsweringTrainer(AveragingTrainer):
 
 @dataclass
 class _Known:
-    """The metrics that a step's answers have, by the prefix of their names."""
+    """What was answered at a step: by the prefix of its metrics the data set and these."""
 
     step: int = -1
     in_train: bool = False
-    values: dict[str, dict[str, float]] = field(default_factory=dict)
+    values: dict[str, tuple[Any, dict[str, float]]] = field(default_factory=dict)
 
 
 class _GoOn(TrainerCallback):
-    """A run that goes on from a checkpoint makes the answers of later steps again."""
+    """Of what an earlier training has answered nothing counts."""
 
     def __init__(self, trainer: AnsweringTrainer) -> None:
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.trainer._known = _Known()
-        if state.is_world_process_zero:
-            drop_later_lines(Path(str(args.output_dir), PREDICTIONS_FILE), state.global_step)
-        self.trainer._answer_late()
+        self.trainer._may_owe = state.global_step > 0
 
 
 def _of_answers(name: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,8 +13,10 @@ from torch import nn
 from transformers import TrainerCallback
 
 from hf_sft.arguments import EMAArguments
+from hf_sft.checkpoints.folders import step_of
 from hf_sft.checks import check_values
 from hf_sft.evaluation_checks import check_ema
+from hf_sft.metrics import evaluated
 from hf_sft.models.averages import AVERAGE_FILE, WeightAverage, trained_parameters
 from hf_sft.training.checkpoint_trainer import CheckpointTrainer
 
@@ -34,6 +37,7 @@ class AveragingTrainer(CheckpointTrainer):
     """
 
     average: WeightAverage | None = None  # once it has begun
+    _best_step: int | None = None  # of the checkpoint that has become the result
 
     def __init__(self, model: Any, args: Any, *rest: Any, ema_args: EMAArguments | None = None, **options: Any) -> None:
         self.ema_args = EMAArguments() if ema_args is None else ema_args
@@ -94,11 +98,26 @@ class AveragingTrainer(CheckpointTrainer):
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
+        self._tell_best()
         best = str(self.state.best_model_checkpoint)
         if self.average is not None and Path(best, AVERAGE_FILE).is_file():
             self.average.load(best)
         else:  # the best one came before the average began
             self.average = None
+
+    def _tell_best(self) -> None:
+        """Which checkpoint has become the result, and whether its metric tells it from the others."""
+        best, metric = Path(str(self.state.best_model_checkpoint)), str(self.args.metric_for_best_model)
+        self._best_step = step_of(best)
+        values = evaluated(self.state.log_history, metric)
+        value = values.get(self._best_step, math.nan)
+        logger.info(
+            "the result is %s: %s is %.4g there, the best of %d evaluations", best.name, metric, value, len(values)
+        )
+        if len(values) > 1 and len(set(values.values())) == 1:
+            logger.warning(
+                "%s is the same in all evaluations: it chooses nothing, and the first checkpoint is taken", metric
+            )
 
 
 class _Average(TrainerCallback):

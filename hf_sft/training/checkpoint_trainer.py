@@ -37,6 +37,7 @@ from hf_sft.checkpoints.writing import (
 )
 from hf_sft.data.bins import Bins, BinSampler
 from hf_sft.data.cache import write_file
+from hf_sft.metrics import evaluated
 from hf_sft.training.preemption import Preempted, Preemption
 from hf_sft.training.resuming_trainer import ResumingTrainer, find_checkpoint
 from hf_sft.training.together import ElsewhereError, gathered, raised_together
@@ -230,12 +231,11 @@ class CheckpointTrainer(ResumingTrainer):
         metric = self.args.metric_for_best_model
         if metric is None:
             return
-        name = metric if metric.startswith("eval_") else f"eval_{metric}"
         there = {path.name: path for path in (*new, *checkpoints_in(folder).values())}
         measured = [
-            (-line[name] if self.args.greater_is_better else line[name], line["step"])
-            for line in self.state.log_history
-            if f"checkpoint-{line['step']}" in there and math.isfinite(line.get(name, math.nan))
+            (-value if self.args.greater_is_better else value, step)
+            for step, value in evaluated(self.state.log_history, metric).items()
+            if f"checkpoint-{step}" in there and math.isfinite(value)
         ]
         if measured:
             self.state.best_model_checkpoint = str(there[f"checkpoint-{min(measured)[1]}"])

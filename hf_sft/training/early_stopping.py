@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from hf_sft.metrics import evaluated
 from hf_sft.training_arguments import smaller_is_better
 
 logger = logging.getLogger(__name__)
@@ -36,9 +37,8 @@ class EarlyStopping(TrainerCallback):
         metric = (args.metric_for_best_model or "loss").removeprefix("eval_")
         greater = args.greater_is_better
         greater = not smaller_is_better(metric) if greater is None else greater
-        by_step = {line["step"]: line[f"eval_{metric}"] for line in state.log_history if f"eval_{metric}" in line}
         best, best_step, since = None, 0, 0
-        for step, value in by_step.items():
+        for step, value in evaluated(state.log_history, metric).items():
             gain = math.inf if best is None else (value - best if greater else best - value)
             if math.isfinite(value) and gain > self.threshold:
                 best, best_step, since = value, step, 0

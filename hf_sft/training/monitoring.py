@@ -19,13 +19,13 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import has_length
 
 from hf_sft.arguments import MonitoringArguments
+from hf_sft.checkpoints.folders import LOG, PREDICTIONS, STOP_CHECK
 from hf_sft.data.cache import write_file
 from hf_sft.evaluation_checks import profiled_steps
 from hf_sft.training.profiling import ProfileSteps
 
 logger = logging.getLogger(__name__)
 
-LOG_FILE = "log.jsonl"
 _LONGEST = 100  # letters of a value on the terminal
 
 
@@ -134,17 +134,26 @@ class ProgressBars(ProgressCallback):
             self.training_bar.set_postfix_str(f"loss {_short(logs['loss'])}{speed}")
 
 
-# ---- the report ----
+# ---- how a run has ended ----
+
+
+def note_failure(folder: str | os.PathLike[str], step: int, error: Exception) -> None:
+    """Write what ended a run behind its log, for the report."""
+    file = Path(folder) / LOG
+    if file.is_file():
+        line = {"time": time.time(), "step": step, "error": str(error)}
+        with suppress(OSError), file.open("a", encoding="utf-8") as log:
+            log.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
 def keep_report(folder: str | os.PathLike[str]) -> Path | None:
-    """Write the report of the run in ``folder``; None, with a warning, where its files are damaged or the disk is full."""
-    from hf_sft.reports import write_report
-
+    """Write the report of the run in ``folder``; None, with a warning, where that fails: a page must not cost a training."""
     try:
+        from hf_sft.reports import write_report
+
         return write_report(folder)
-    except (OSError, ValueError) as error:
-        logger.warning("no report is written: %s", error)
+    except Exception as error:
+        logger.warning("no report is written: %s: %s", type(error).__name__, error)
         return None
 
 
@@ -154,8 +163,8 @@ def keep_report(folder: str | os.PathLike[str]) -> Path | None:
 class JSONLog(TrainerCallback):
     """Writes each line of the log to ``log.jsonl`` at once, as ``{"time": seconds since 1970, "step", "epoch", ...}``.
 
-    A run that goes on keeps the lines that its checkpoint knows. One that begins gives the file of an earlier one in the same
-    folder another name.
+    A run that goes on keeps the lines that its checkpoint knows, and the answers up to its step. One that begins gives these
+    files of an earlier run in the same folder other names.
     """
 
     def __init__(self) -> None:
@@ -164,13 +173,17 @@ class JSONLog(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not state.is_world_process_zero:
             return
-        self.path = Path(str(args.output_dir), LOG_FILE)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(str(args.output_dir))
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / LOG
         if state.global_step:
             known = sum(line.get("step") == state.global_step for line in state.log_history)
             drop_later_lines(self.path, state.global_step, known)
+            drop_later_lines(folder / PREDICTIONS, state.global_step)
+            (folder / STOP_CHECK).unlink(missing_ok=True)  # of a model that is trained on; made again at the end
         else:
-            _set_aside(self.path)
+            for name in (LOG, PREDICTIONS, STOP_CHECK):
+                _set_aside(folder / name)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if self.path is None:

@@ -28,6 +28,7 @@ from transformers.trainer_utils import EvalLoopOutput, PredictionOutput, TrainOu
 from hf_sft.arguments import DataArguments, MonitoringArguments, WeDLMArguments
 from hf_sft.attention.layout import Layout
 from hf_sft.checkpoints import verify_adapter, verify_weights
+from hf_sft.checkpoints.folders import LOG
 from hf_sft.collators import CONTRACT_KEYS, Batch
 from hf_sft.data.chat import IGNORE
 from hf_sft.losses import RowScores, score_logits
@@ -40,7 +41,7 @@ from hf_sft.models.wrappers import base_model
 from hf_sft.objectives import Objective
 from hf_sft.training.answering_trainer import AnsweringTrainer
 from hf_sft.training.divergence import DivergenceWatch, RowTeller, document_losses, source_names
-from hf_sft.training.monitoring import LOG_FILE, install_monitoring, keep_report
+from hf_sft.training.monitoring import install_monitoring, keep_report, note_failure
 from hf_sft.training.profiling import Meter, flops_per_token
 from hf_sft.training.setup import (
     check_arguments,
@@ -318,8 +319,12 @@ class SFTTrainer(AnsweringTrainer):
         self.watch.begin()
         try:
             output = super().train(resume_from_checkpoint, *args, **kwargs)
+        except Exception as error:
+            if self.is_world_process_zero():
+                note_failure(str(self.args.output_dir), self.state.global_step, error)
+            raise
         finally:  # a run that has failed has a report too, once it has begun
-            if self.is_world_process_zero() and Path(str(self.args.output_dir), LOG_FILE).is_file():
+            if self.is_world_process_zero() and Path(str(self.args.output_dir), LOG).is_file():
                 keep_report(str(self.args.output_dir))
         return output._replace(training_loss=output.metrics["train_loss"])
 
@@ -390,9 +395,11 @@ class SFTTrainer(AnsweringTrainer):
     @contextmanager
     def _stopped_clock(self) -> Iterator[None]:
         """Evaluation, answers and saving do not count in tokens per second."""
-        start = time.perf_counter()
-        yield
-        self._clock += time.perf_counter() - start
+        start, clock = time.perf_counter(), self._clock
+        try:
+            yield
+        finally:  # what stops it inside has stopped this time already
+            self._clock = clock + time.perf_counter() - start
 
     # ---- saving ----
 
