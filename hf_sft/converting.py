@@ -32,7 +32,7 @@ from hf_sft.checkpoints import ARGUMENTS_FILE, CheckpointError, verify_weights, 
 from hf_sft.merging.folders import new_folder
 from hf_sft.merging.merge import write_configs
 from hf_sft.models.adapters import read_adapter_config
-from hf_sft.models.inference import DTYPES
+from hf_sft.models.inference import DTYPES, has_average
 from hf_sft.models.loading import load_config
 from hf_sft.tensor_files import StreamedTensor, held, size_in_bytes, split_by_size, write_shards
 
@@ -115,8 +115,13 @@ def _find(checkpoint: str) -> tuple[Path, Callable[[], Tensors]]:
             raise ValueError(f"{path / 'latest'} names {tag.name!r}, and there is no such folder beside it.")
         return path, lambda: _read_zero(tag)
     if next(path.glob("*model*.safetensors"), None) is not None:
+        averaged = (
+            " What loads are the raw weights: the average beside them is taken by hf-sft merge and by --format wedlm, and a "
+            "finished run's output folder holds it as its result."
+        )
         raise ValueError(
             f"{checkpoint!r} is a plain model or adapter folder already: it loads as it is, nothing is to convert."
+            f"{averaged if has_average(checkpoint) else ''}"
         )
     steps = sorted(step.name for step in path.glob("global_step*"))
     where = f" It holds {', '.join(steps)} and no file 'latest': name one of them." if steps else ""

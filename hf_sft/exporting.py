@@ -25,7 +25,7 @@ from hf_sft.checkpoints import CheckpointError, verify_weights
 from hf_sft.data.chat import end_of_turn_id
 from hf_sft.merging import load_merged, new_folder
 from hf_sft.models.families import end_tokens
-from hf_sft.models.inference import base_arguments
+from hf_sft.models.inference import base_arguments, has_average, take_average
 from hf_sft.models.loading import load_config, load_model, load_tokenizer
 from hf_sft.models.mask_token import record_mask_token, recorded_mask_token, resolve_mask_token
 from hf_sft.models.vocabulary import vocabulary_rows
@@ -68,6 +68,7 @@ def export_wedlm(
     base: str | None = None,
     mask_token_id: int | None = None,
     trust_remote_code: bool = False,
+    averaged: bool = True,
 ) -> str:
     """Write ``source`` to ``output_dir`` as the official WeDLM engine reads it, in bfloat16; returns the folder.
 
@@ -78,13 +79,14 @@ def export_wedlm(
         source: folder or hub name of a model, or of a LoRA adapter, which is merged into its base.
         base: folder or hub name of the adapter's base, where it is not what the adapter names.
         mask_token_id: the token at mask slots, where the model does not say.
+        averaged: take the average of the weights where one lies beside them (ema.safetensors).
 
     Raises:
         ValueError: a network that the engine cannot run, no mask token, or an output folder that holds something.
         CheckpointError: what was written is not what was asked for; no folder is left.
     """
     with new_folder(output_dir, "an exported model") as written:
-        model, tokenizer = _load_source(source, base, trust_remote_code)
+        model, tokenizer = _load_source(source, base, trust_remote_code, averaged)
         token = _mask_token(model, tokenizer, mask_token_id, source)
         _set_end_of_turn(tokenizer)
         _warn_of_added_tokens(tokenizer)
@@ -112,17 +114,19 @@ def export_wedlm(
 
 
 def _load_source(
-    source: str, base: str | None, trust_remote_code: bool
+    source: str, base: str | None, trust_remote_code: bool, averaged: bool
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """The whole model in bfloat16, after a look at its config, and its tokenizer."""
     if base is not None or _is_adapter(source):
         named = base_arguments(source, base, trust_remote_code=trust_remote_code)
         _refuse(load_config(str(named.model_name_or_path), named))
-        model, tokenizer = load_merged(source, named, dtype="bfloat16")
+        model, tokenizer = load_merged(source, named, dtype="bfloat16", averaged=averaged)
     else:
         named = ModelArguments(model_name_or_path=source, trust_remote_code=trust_remote_code, dtype="bfloat16")
         _refuse(load_config(source, named))
         model, tokenizer = cast(PreTrainedModel, load_model(named)), load_tokenizer(named)
+        if averaged and has_average(source):
+            take_average(model, source)
     return model.eval(), tokenizer
 
 

@@ -21,7 +21,10 @@ from hf_sft.checkpoints import CheckpointError
 from hf_sft.commands import export
 from hf_sft.data.templates import resolve_template
 from hf_sft.exporting import export_wedlm, inexpressible
+from hf_sft.merging import load_merged
 from hf_sft.models.adapters import save_adapter
+from hf_sft.models.averages import WeightAverage
+from hf_sft.models.inference import base_arguments, load_for_inference
 from hf_sft.models.loading import load_model, load_tokenizer
 from hf_sft.models.mask_token import record_mask_token
 from hf_sft.models.wedlm import WeDLMForCausalLM
@@ -202,6 +205,38 @@ def test_an_adapter_with_its_new_rows(tmp_path) -> None:
     (tmp_path / "base").rename(tmp_path / "moved")
     again = export_wedlm(str(adapter), str(tmp_path / "again"), base=str(tmp_path / "moved"))
     assert torch.equal(logits_of(again), logits_of(out))
+
+
+@pytest.mark.parametrize("kind", ["whole", "adapter"])
+def test_the_average_is_exported(tmp_path, capsys, kind) -> None:
+    source = save_source(tmp_path / "source", "qwen2") if kind == "whole" else str(trained_adapter(tmp_path))
+    words = [source, "--format", "wedlm", "--output_dir"]
+    with pytest.raises(ValueError, match=r"no average \(ema.safetensors\) in .*the only ones"):
+        export.main([*words, str(tmp_path / "none"), "--raw_weights"])
+    before = logits_of(export_wedlm(source, str(tmp_path / "before")))
+    average = WeightAverage(dict(load_for_inference(source, dtype="float32")[0].named_parameters()), decay=0.5)
+    if kind == "adapter":
+        average.average = {name: value for name, value in average.average.items() if ".lora_" in name}
+    for name, value in average.average.items():
+        value.add_(torch.randn(value.shape, generator=torch.Generator().manual_seed(len(name))) * 0.1)
+    average.save(source)
+    assert export.main([*words, str(tmp_path / "average")]) == 0
+    assert "the weights are the averages in ema.safetensors" in capsys.readouterr().err
+    if kind == "whole":
+        expected = load_for_inference(source, dtype="bfloat16")[0]
+    else:
+        expected = load_merged(source, base_arguments(source, None), dtype="bfloat16")[0].eval()
+    with torch.no_grad():
+        assert torch.equal(logits_of(str(tmp_path / "average")), expected(IDS).logits)
+    assert not torch.equal(before, logits_of(str(tmp_path / "average")))
+    assert export.main([*words, str(tmp_path / "raw"), "--raw_weights"]) == 0
+    assert torch.equal(before, logits_of(str(tmp_path / "raw")))
+    words[2] = "safetensors"
+    with pytest.raises(ValueError, match="--raw_weights has no place in --format safetensors"):
+        export.main([*words, str(tmp_path / "none"), "--raw_weights"])
+    with pytest.raises(ValueError, match="What loads are the raw weights"):
+        export.main([*words, str(tmp_path / "none")])
+    assert not (tmp_path / "none").exists()
 
 
 def test_a_base_of_another_mask_token(tmp_path) -> None:

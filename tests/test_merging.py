@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import runs
@@ -21,14 +21,16 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from hf_sft.arguments import LoraArguments, ModelArguments
 from hf_sft.checkpoints import save_arguments
-from hf_sft.commands import merge
+from hf_sft.commands import generate, merge
 from hf_sft.merging import load_merged, merge_adapter
 from hf_sft.merging.difference import measure_difference
 from hf_sft.merging.quantised import training_quantisation
-from hf_sft.models.adapters import save_adapter
-from hf_sft.models.inference import base_arguments
+from hf_sft.models.adapters import load_adapter, save_adapter
+from hf_sft.models.averages import WeightAverage, trained_parameters
+from hf_sft.models.inference import base_arguments, load_for_inference
 from hf_sft.models.loading import load_model, load_tokenizer
 from hf_sft.models.mask_token import record_mask_token, recorded_mask_token
+from hf_sft.models.vocabulary import grow_embeddings
 
 
 def trained_adapter(tmp_path: Path, mode: str = "lora", new: list[str] | None = None, family: str = "llama", **lora):
@@ -66,6 +68,76 @@ def test_other_families(tmp_path, family) -> None:
     adapter, ids, expected = trained_adapter(tmp_path, new=NEW, family=family)
     merged = AutoModelForCausalLM.from_pretrained(merge_adapter(str(adapter), str(tmp_path / "merged")))
     torch.testing.assert_close(logits(merged, ids), expected, rtol=0, atol=1e-5)
+
+
+def add_average(adapter: Path) -> None:
+    """An average of what is trained in ``adapter``, as training leaves it beside the weights of a checkpoint."""
+    named = base_arguments(str(adapter), None)
+    tokenizer = load_tokenizer(replace(named, model_name_or_path=str(adapter)))
+    model = cast(Any, load_model(named))
+    grow_embeddings(model, len(tokenizer))
+    average = WeightAverage(trained_parameters(load_adapter(model, str(adapter), is_trainable=True)), decay=0.9)
+    for name, value in average.average.items():
+        value.mul_(0.5).add_(0.01 * torch.randn(value.shape, generator=torch.Generator().manual_seed(len(name))))
+    average.save(adapter)
+
+
+@pytest.mark.parametrize(
+    ("kind", "tied", "new"),
+    [("bias all", False, NEW), ("dora", True, NEW), ("norm saved", False, []), ("head saved", True, NEW)],
+)
+def test_the_average_is_merged(tmp_path, caplog, kind, tied, new) -> None:
+    adapter, ids, expected = trained_adapter(tmp_path, new=new, family="qwen2", tied=tied, **KINDS[kind])
+    add_average(adapter)
+    if kind == "head saved" and tied:  # a base that stores both: the merged one follows the name that comes first
+        stored = load_file(path := tmp_path / "base" / "model.safetensors")
+        save_file({**stored, "lm_head.weight": stored["model.embed_tokens.weight"].clone()}, path, {"format": "pt"})
+    averaged = logits(load_for_inference(str(adapter))[0], ids)
+    assert (averaged - expected).abs().max() > 1e-2
+    for name, options, wanted in (("average", {}, averaged), ("raw", {"averaged": False}, expected)):
+        out = merge_adapter(str(adapter), str(tmp_path / name), **options)
+        merged, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+        assert not any(info.values()) and merged.config.tie_word_embeddings == tied
+        torch.testing.assert_close(logits(merged, ids), wanted, rtol=0, atol=1e-5)
+        if kind == "head saved":
+            in_memory = load_merged(str(adapter), base_arguments(str(adapter), None), **options)[0]
+            torch.testing.assert_close(logits(in_memory, ids), wanted, rtol=0, atol=1e-5)
+    assert "merged in memory" not in caplog.text
+
+
+def test_the_average_by_command(tmp_path, capsys) -> None:
+    adapter, ids, expected = trained_adapter(tmp_path)
+    words = [str(adapter), "--output_dir"]
+    with pytest.raises(ValueError, match=r"no average \(ema.safetensors\) in '.*adapter'.*the only ones.*Leave --raw"):
+        merge.main([*words, str(tmp_path / "m"), "--raw_weights"])
+    with pytest.raises(ValueError, match="the only ones"):
+        generate.main([str(adapter), "--prompt", "Hello", "--raw_weights"])
+    assert not (tmp_path / "m").exists()
+    add_average(adapter)
+    for name, raw in (("average", []), ("raw", ["--raw_weights"])):
+        assert merge.main([*words, str(tmp_path / name), *raw]) == 0
+        told = capsys.readouterr()
+        assert ("the weights are the averages in ema.safetensors" in told.err) == (not raw)
+        assert float(re.search(r"on its base \(float32\): (\S+),", told.out).group(1)) < 1e-5
+        found = logits(AutoModelForCausalLM.from_pretrained(tmp_path / name), ids)
+        assert ((found - expected).abs().max() < 1e-5) == bool(raw)
+    assert measure_difference(str(adapter), str(tmp_path / "raw")).largest > 1e-3
+    assert measure_difference(str(adapter), str(tmp_path / "average"), averaged=False).largest > 1e-3
+    average = adapter / "ema.safetensors"
+    save_file({**load_file(average), "base_model.model.model.norm.weight": torch.ones(32)}, average)
+    with pytest.raises(ValueError, match=r"averages base_model.model.model.norm.weight, which .*--raw_weights"):
+        merge_adapter(str(adapter), str(tmp_path / "m"))
+    assert not (tmp_path / "m").exists()
+
+
+def test_the_average_onto_dequantised_weights(tmp_path) -> None:
+    adapter, ids, expected = qlora_run(tmp_path, dtype="float32", use_dora=True)
+    add_average(Path(adapter))
+    merged = merge_adapter(adapter, str(tmp_path / "m"), onto="dequantized")
+    assert measure_difference(adapter, merged).largest < 1e-5
+    raw = merge_adapter(adapter, str(tmp_path / "raw"), onto="dequantized", averaged=False)
+    torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(raw), ids), expected, rtol=0, atol=1e-5)
+    assert (logits(AutoModelForCausalLM.from_pretrained(merged), ids) - expected).abs().max() > 1e-3
 
 
 # Streaming

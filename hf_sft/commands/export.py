@@ -5,13 +5,19 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from hf_sft.commands.options import add_dtype_option, add_writing_options
+from hf_sft.commands.options import (
+    add_dtype_option,
+    add_raw_weights_option,
+    add_writing_options,
+    check_raw_weights,
+    tell_of_average,
+)
 
 FORMATS = {
     "wedlm": "the official WeDLM engine (bfloat16)",
     "safetensors": "transformers and PEFT, from a checkpoint of DeepSpeed ZeRO or FSDP",
 }
-_ONLY = {"wedlm": ("base", "mask_token_id"), "safetensors": ("dtype", "max_shard_size")}
+_ONLY = {"wedlm": ("base", "mask_token_id", "raw_weights"), "safetensors": ("dtype", "max_shard_size")}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -23,6 +29,7 @@ def main(argv: Sequence[str]) -> int:
     formats = "; ".join(f"{name}: {reader}" for name, reader in FORMATS.items())
     parser.add_argument("--format", required=True, choices=list(FORMATS), help=f"who reads it. {formats}")
     add_writing_options(parser)
+    add_raw_weights_option(parser)
     parser.add_argument(
         "--mask_token_id", type=int, help="wedlm: token at mask slots; default: what the model was trained with"
     )
@@ -30,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--max_shard_size", help="safetensors: largest file; default: 5GB")
     options = parser.parse_args(argv)
     for name in (name for format, names in _ONLY.items() if format != options.format for name in names):
-        if getattr(options, name) is not None:
+        if (given := getattr(options, name)) is not None and given is not False:
             raise ValueError(f"--{name} has no place in --format {options.format}; leave it out.")
 
     if options.format == "safetensors":
@@ -46,12 +53,15 @@ def main(argv: Sequence[str]) -> int:
     else:
         from hf_sft.exporting import export_wedlm
 
+        check_raw_weights(options, options.source)
+        tell_of_average(options, options.source)
         folder = export_wedlm(
             options.source,
             options.output_dir,
             base=options.base,
             mask_token_id=options.mask_token_id,
             trust_remote_code=options.trust_remote_code,
+            averaged=not options.raw_weights,
         )
     print(f"Exported model: {folder}")
     return 0

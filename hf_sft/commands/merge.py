@@ -5,7 +5,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from hf_sft.commands.options import add_dtype_option, add_writing_options
+from hf_sft.commands.options import (
+    add_dtype_option,
+    add_raw_weights_option,
+    add_writing_options,
+    check_raw_weights,
+    tell_of_average,
+)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -15,6 +21,7 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("adapter", help="folder (or hub name) of the adapter")
     add_writing_options(parser)
+    add_raw_weights_option(parser)
     add_dtype_option(parser, "the base's own; onto dequantised weights the type of training's products")
     parser.add_argument(
         "--onto",
@@ -28,6 +35,8 @@ def main(argv: Sequence[str]) -> int:
         "--no_check", action="store_true", help="do not compare the written model with the adapter on its base"
     )
     options = parser.parse_args(argv)
+    check_raw_weights(options, options.adapter)
+    tell_of_average(options, options.adapter)
 
     from hf_sft.merging import merge_adapter
     from hf_sft.merging.difference import measure_difference, too_large_to_check
@@ -39,6 +48,7 @@ def main(argv: Sequence[str]) -> int:
         "quantization": options.quantization,
         "double_quantization": double,
         "compute_dtype": options.compute_dtype,
+        "averaged": not options.raw_weights,
     }
     folder = merge_adapter(
         options.adapter,

@@ -6,7 +6,6 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 DECODING_OPTIONS = ("window", "entropy_threshold", "distance_penalty", "verify")  # as generate_wedlm takes them
@@ -60,7 +59,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--checkpoint", help="of an output folder: best, last, or a number of steps; default: the result"
     )
-    parser.add_argument("--raw_weights", action="store_true", help="not the average of the weights, where there is one")
+    add_raw_weights_option(parser)
     parser.add_argument("--base", help="the adapter's base; default: what the adapter names")
     parser.add_argument("--dtype", help="type of the weights: float32, bfloat16 or float16; default: the model's own")
     parser.add_argument("--trust_remote_code", action="store_true", help="run Python code that the model brings along")
@@ -70,20 +69,49 @@ def load_model_of(options: argparse.Namespace) -> tuple[Any, Any]:
     """Model and tokenizer of :func:`add_model_options`."""
     from hf_sft.models.inference import find_model
 
-    return load_found(find_model(options.model, options.checkpoint), options, options.base)
+    folder = find_model(options.model, options.checkpoint)
+    check_raw_weights(options, folder)
+    return load_found(folder, options, options.base)
 
 
 def load_found(name: str, options: argparse.Namespace, base: str | None) -> tuple[Any, Any]:
     """Model and tokenizer of a folder or hub name, on ``base`` if it is an adapter, otherwise as the options say."""
-    from hf_sft.models.averages import AVERAGE_FILE
     from hf_sft.models.inference import load_for_inference
 
-    averaged, told = not options.raw_weights, logging.getLogger("hf_sft").isEnabledFor(logging.INFO)
-    if averaged and not told and Path(name, AVERAGE_FILE).is_file():
-        print(f"the weights are the averages in {AVERAGE_FILE}; --raw_weights takes the others", file=sys.stderr)
+    tell_of_average(options, name)
     return load_for_inference(
-        name, base=base, dtype=options.dtype, trust_remote_code=options.trust_remote_code, averaged=averaged
+        name,
+        base=base,
+        dtype=options.dtype,
+        trust_remote_code=options.trust_remote_code,
+        averaged=not options.raw_weights,
     )
+
+
+def add_raw_weights_option(parser: argparse.ArgumentParser) -> None:
+    """The choice between the average of the weights and the weights themselves."""
+    parser.add_argument("--raw_weights", action="store_true", help="not the average of the weights, where there is one")
+
+
+def check_raw_weights(options: argparse.Namespace, *folders: str) -> None:
+    """Raise ValueError if ``--raw_weights`` has nothing to choose from: none of ``folders`` holds an average."""
+    from hf_sft.models.inference import AVERAGE_FILE, has_average
+
+    if options.raw_weights and not any(map(has_average, folders)):
+        raise ValueError(
+            f"raw_weights is given, and there is no average ({AVERAGE_FILE}) in {' or '.join(map(repr, folders))}: the weights "
+            "there are the only ones (the result of a run with ema_decay is the average itself; its checkpoints hold both). "
+            "Leave --raw_weights out, or name a checkpoint of the run"
+        )
+
+
+def tell_of_average(options: argparse.Namespace, folder: str) -> None:
+    """Say that the average of the weights in ``folder`` is taken, where it is; the log says it at its level info."""
+    from hf_sft.models.inference import AVERAGE_FILE, has_average
+
+    told = logging.getLogger("hf_sft").isEnabledFor(logging.INFO)
+    if not options.raw_weights and not told and has_average(folder):
+        print(f"the weights are the averages in {AVERAGE_FILE}; --raw_weights takes the others", file=sys.stderr)
 
 
 def add_answer_options(parser: argparse.ArgumentParser) -> None:

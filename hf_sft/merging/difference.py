@@ -59,6 +59,7 @@ def measure_difference(
     quantization: str | None = None,
     double_quantization: bool | None = None,
     compute_dtype: str | None = None,
+    averaged: bool = True,
 ) -> Difference:
     """Run 48 random tokens through the adapter on its base, held as in training, and through ``merged``.
 
@@ -68,11 +69,13 @@ def measure_difference(
     quantised = training_quantisation(adapter, quantization, double_quantization, compute_dtype)
     model: Any
     if quantised is None:
-        model, tokenizer = load_for_inference(adapter, base=base, trust_remote_code=trust_remote_code)
+        model, tokenizer = load_for_inference(
+            adapter, base=base, trust_remote_code=trust_remote_code, averaged=averaged
+        )
         held = str(model.dtype).removeprefix("torch.")
     else:
         tokenizer = adapter_tokenizer(adapter, named)
-        model = put_adapter(load_quantised(named, quantised), adapter, len(tokenizer)).eval()
+        model = put_adapter(load_quantised(named, quantised), adapter, len(tokenizer), averaged=averaged).eval()
         held = str(quantised)
     ids = torch.randint(len(tokenizer), (1, PROBE_TOKENS), generator=torch.Generator().manual_seed(0))
     expected = _logits(model, ids)

@@ -38,6 +38,7 @@ def merge_adapter(
     quantization: str | None = None,
     double_quantization: bool | None = None,
     compute_dtype: str | None = None,
+    averaged: bool = True,
 ) -> str:
     """Write W + scale * B A for every adapted weight of the base, with the adapter's tokenizer, to ``output_dir``; returns it.
 
@@ -55,6 +56,7 @@ def merge_adapter(
         max_shard_size: bytes, or a size such as "5GB"; default: the files hold what the base's files hold.
         quantization: nf4 or int8: how the base was held in training, where no args.json beside the adapter says it; so are
             ``double_quantization`` and ``compute_dtype`` (float32, bfloat16, float16). What is given comes before the file.
+        averaged: take the average of the adapter's weights where one lies beside them (ema.safetensors).
 
     Raises:
         ValueError: no adapter, no base, an adapter of another base, "dequantized" for a run that was none of qlora, or an
@@ -76,7 +78,7 @@ def merge_adapter(
                 "run beside it. Give --quantization nf4 or int8, or merge onto the original weights."
             )
         tokenizer = adapter_tokenizer(adapter, named)
-        _write(written, adapter, named, len(tokenizer), dtype, quantised, largest)
+        _write(written, adapter, named, len(tokenizer), dtype, quantised, largest, averaged)
         tokenizer.save_pretrained(written)
         _verify(written, trust_remote_code)
     logger.info("Merged %s into %s: %s", adapter, named.model_name_or_path, output_dir)
@@ -84,7 +86,12 @@ def merge_adapter(
 
 
 def load_merged(
-    adapter: str, base: ModelArguments, *, dtype: str | None = None, quantised: Quantisation | None = None
+    adapter: str,
+    base: ModelArguments,
+    *,
+    dtype: str | None = None,
+    quantised: Quantisation | None = None,
+    averaged: bool = True,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """The base with the adapter in its weights, in memory, and the adapter's tokenizer, every token of which has a row.
 
@@ -92,6 +99,7 @@ def load_merged(
         base: as ``models.inference.base_arguments`` gives it.
         dtype: type of the weights; default: the one that the base's config states.
         quantised: take the base's weights after this, as :func:`merge_adapter` does onto dequantised ones.
+        averaged: as of :func:`merge_adapter`.
 
     Raises:
         ValueError: as :func:`merge_adapter`; or the adapter gives embedding and head, which the base ties, two updates.
@@ -106,7 +114,7 @@ def load_merged(
             parameter.data = through(name, parameter.data).float()
         own = str(quantised.dtype).removeprefix("torch.")
     tokenizer = adapter_tokenizer(adapter, base)
-    adapted = put_adapter(model, adapter, len(tokenizer))
+    adapted = put_adapter(model, adapter, len(tokenizer), averaged=averaged)
     if heads_trained_apart(adapted):
         raise ValueError(
             f"{adapter!r} gives the embedding and the head of {base.model_name_or_path!r} two updates, and there they share one "
@@ -127,6 +135,7 @@ def _write(
     dtype: str | None,
     quantised: Quantisation | None,
     largest: int | None,
+    averaged: bool,
 ) -> None:
     """The merged weights, config and generation config."""
     through = None
@@ -135,10 +144,10 @@ def _write(
         through = RoundTrip(config, quantised, base.trust_remote_code)
     chosen = getattr(torch, dtype) if dtype is not None else quantised.dtype if quantised is not None else None
     try:
-        plan = plan_merge(adapter, base, tokens, dtype=chosen, round_trip=through)
+        plan = plan_merge(adapter, base, tokens, dtype=chosen, round_trip=through, averaged=averaged)
     except Unsuited as reason:
         logger.warning("%s is merged in memory, with its whole base: %s.", adapter, reason)
-        merged: Any = load_merged(adapter, base, dtype=dtype, quantised=quantised)[0]
+        merged: Any = load_merged(adapter, base, dtype=dtype, quantised=quantised, averaged=averaged)[0]
         merged.save_pretrained(folder, **({} if largest is None else {"max_shard_size": largest}))
         return
     shards = plan.shards

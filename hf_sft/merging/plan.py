@@ -27,7 +27,7 @@ from transformers.utils.hub import cached_file
 from hf_sft.arguments import ModelArguments
 from hf_sft.merging.quantised import RoundTrip
 from hf_sft.merging.updates import grown, with_bias, with_lora, with_rows
-from hf_sft.models.inference import put_adapter
+from hf_sft.models.inference import has_average, put_adapter, take_average
 from hf_sft.models.loading import load_config
 from hf_sft.tensor_files import StreamedTensor, held, read_tensors
 
@@ -61,6 +61,7 @@ def plan_merge(
     *,
     dtype: torch.dtype | None = None,
     round_trip: RoundTrip | None = None,
+    averaged: bool = True,
 ) -> Plan:
     """How to merge ``adapter`` into ``base`` with no tensors in memory but the adapter's.
 
@@ -68,6 +69,7 @@ def plan_merge(
         tokens: the vocabulary has a row for each of so many.
         dtype: type of all parameters; default: the one in which each is stored.
         round_trip: what the base's weights went through before training.
+        averaged: take the average of the adapter's weights where one lies beside them.
 
     Raises:
         Unsuited: the base is stored in another form than it is used in, or the adapter changes it in a way not known here.
@@ -77,10 +79,14 @@ def plan_merge(
     state = model.state_dict(keep_vars=True)
     buffers = {name for name, _ in model.named_buffers()}
     stored = _stored_by_name(base, model, state)
-    adapted = put_adapter(model, adapter, tokens)
+    adapted = put_adapter(model, adapter, tokens, averaged=False)
     _refuse_unknown_layers(adapted)
     through = _cached(round_trip, {name: tensor for part in stored for name, tensor in part.items()})
     apart = heads_trained_apart(adapted)
+    if not apart:
+        _tie_saved_heads(adapted)
+    if averaged and has_average(adapter):
+        take_average(adapted, adapter)
     if apart:
         logger.warning("%s trains embedding and head apart: in the merged model they are no longer tied.", adapter)
         model.config.get_text_config().tie_word_embeddings = model.config.tie_word_embeddings = False
@@ -111,6 +117,14 @@ def heads_trained_apart(adapted: PeftModel) -> bool:
         return head.token_adapter.tied_adapter is not embedding.token_adapter
     wrappers = (LoraLayer, ModulesToSaveWrapper, TrainableTokensWrapper)
     return isinstance(embedding, wrappers) or isinstance(head, wrappers)
+
+
+def _tie_saved_heads(adapted: PeftModel) -> None:
+    """Make one parameter again of a tied embedding and head that are saved: loaded onto meta they are two of the same numbers."""
+    base: Any = adapted.get_base_model()
+    embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
+    if base.config.get_text_config().tie_word_embeddings and isinstance(head, ModulesToSaveWrapper):
+        _saved_copy(head).weight = _saved_copy(embedding).weight
 
 
 # ---- the base ----

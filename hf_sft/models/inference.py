@@ -70,11 +70,11 @@ def load_for_inference(
     model: Any = cast(PreTrainedModel, load_model(arguments))
     if is_adapter(name) or base is not None:
         tokenizer = adapter_tokenizer(name, arguments)
-        model = put_adapter(model, name, len(tokenizer))
+        model = put_adapter(model, name, len(tokenizer), averaged=averaged)
     else:
         tokenizer = load_tokenizer(arguments)
-    if averaged and Path(name, AVERAGE_FILE).is_file():
-        take_average(model, name)
+        if averaged and has_average(name):
+            take_average(model, name)
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
 
 
@@ -159,6 +159,11 @@ def files_key(folder: str) -> str | None:
     return cache_key({**parts, "names": [file.name for file in [*small, *large]]})
 
 
+def has_average(folder: str) -> bool:
+    """Whether an average of the weights lies beside them."""
+    return Path(folder, AVERAGE_FILE).is_file()
+
+
 def take_average(model: Any, folder: str) -> None:
     """Put the averaged weights of ``folder`` (ema.safetensors) in the place of the raw ones.
 
@@ -171,6 +176,11 @@ def take_average(model: Any, folder: str) -> None:
         with safe_open(path, framework="pt") as file, torch.no_grad():
             names = list(file.keys())
             for name in names:
+                if name in parameters and parameters[name].is_meta:  # a copy into nothing is nothing
+                    raise ValueError(
+                        f"{str(path)!r} averages {name}, which the adapter's own files do not hold; take the raw weights with "
+                        "--raw_weights"
+                    )
                 if name not in parameters or list(parameters[name].shape) != file.get_slice(name).get_shape():
                     raise ValueError(
                         f"{str(path)!r} is the average of another model's weights: {name} is not here, or of another shape; "
@@ -216,11 +226,17 @@ def adapter_tokenizer(adapter: str, base: ModelArguments) -> PreTrainedTokenizer
     return load_tokenizer(ModelArguments(model_name_or_path=source, trust_remote_code=base.trust_remote_code))
 
 
-def put_adapter(model: PreTrainedModel, adapter: str, tokens: int) -> Any:
-    """``model`` with the adapter on it, a row for each of ``tokens``, and the adapter's generation config."""
+def put_adapter(model: PreTrainedModel, adapter: str, tokens: int, *, averaged: bool = True) -> Any:
+    """``model`` with the adapter on it, a row for each of ``tokens``, and the adapter's generation config.
+
+    Args:
+        averaged: take the average of the adapter's weights where one lies beside them.
+    """
     if tokens > vocabulary_rows(model):
         grow_embeddings(model, tokens)
     adapted = load_adapter(model, adapter)
+    if averaged and has_average(adapter):
+        take_average(adapted, adapter)
     adopt_generation_config(model, adapter)
     return adapted
 
