@@ -25,6 +25,7 @@ LONGEST = (
     "resume",
     "ranks",
     "kill",
+    "real_answers",
     "families",
     "freezing",
     "ready_files",

@@ -58,6 +58,7 @@ class AnsweringTrainer(AveragingTrainer):
         if found := list(check_values(self.evaluation_args)):
             raise ValueError("; ".join(found))
         self.predictions, self._known = [], _Known()
+        self._shown: set[tuple[str, int]] = set()  # in the log
         super().__init__(model, args, *rest, **options)
         asked = self.evaluation_args
         self.answer_metrics = self._measurable() if self._answers else []
@@ -235,8 +236,11 @@ class AnsweringTrainer(AveragingTrainer):
         """The answers in the log, the file of predictions, and what else the run reports to."""
         step = self.state.global_step
         for each in self.predictions[:_SHOWN]:
-            texts = (each.prompt[-_SHOWN_TEXT:], each.reference[:_SHOWN_TEXT], each.answer[:_SHOWN_TEXT])
-            logger.info("row %d: %r\n  reference: %r\n  answer:    %r", each.row, *texts)
+            if (prefix, each.row) not in self._shown:  # question and reference once
+                texts = each.prompt[-_SHOWN_TEXT:], each.reference[:_SHOWN_TEXT]
+                logger.info("row %d: %r\n  reference: %r", each.row, *texts)
+            self._shown.add((prefix, each.row))
+            logger.info("row %d is answered: %r", each.row, each.answer[:_SHOWN_TEXT])
         # Answers of the best checkpoint, once it is loaded, are those of its step.
         more: dict[str, Any] = {"step": step if self._known.in_train or self._best_step is None else self._best_step}
         more |= {} if prefix == "eval" else {"split": prefix.removeprefix("eval_")}
