@@ -61,11 +61,12 @@ def prompts_of(rows: Iterable[Mapping[str, Any]], tokenizer: Any, limit: int | N
         limit: None: all of them.
     """
     numbered = enumerate(rows)
-    found = (prompt for number, row in numbered if (prompt := _prompt(number, row, tokenizer)) is not None)
+    found = (prompt for number, row in numbered if (prompt := prompt_of(number, row, tokenizer)) is not None)
     return list(islice(found, limit))
 
 
-def _prompt(number: int, row: Mapping[str, Any], tokenizer: Any) -> Prompt | None:
+def prompt_of(number: int, row: Mapping[str, Any], tokenizer: Any) -> Prompt | None:
+    """A row as a question; None if nothing is learned of it, or nothing stands before what is."""
     end = row.get("rejected_start")
     ids, labels = list(row["input_ids"][:end]), list(row["labels"][:end])
     learned = [place for place, label in enumerate(labels) if label != IGNORE]

@@ -10,8 +10,24 @@ _FRACTION = re.compile(  # 3\frac{1}{2}, \frac12
     r"(\d{0,40})\s*\\[dt]?frac\s*(?:\{\s*(-?)(\d{1,40})\s*\}|(\d))\s*(?:\{\s*(\d{1,40})\s*\}|(\d))"
 )
 _GROUPED = r"\d{1,3}(?:,\d{3})+(?!\d)|\d+"
-# A sign only where no number or word stands before it: "10-3" ends in 3.
-_NUMBER = re.compile(rf"(?:(?<![\w)])(-)\s*)?(?:[€£¥]\s*)?((?:{_GROUPED})(?:\.\d+)?|\.\d+)(?:\s*/\s*(\d+(?:\.\d+)?))?")
+_MAGNITUDES = {
+    "dozen": 12,
+    "hundred": 10**2,
+    "thousand": 10**3,
+    "million": 10**6,
+    "billion": 10**9,
+    "trillion": 10**12,
+}
+_LETTERS = {"k": "thousand", "m": "million", "mn": "million", "b": "billion", "bn": "billion"}
+# $5M and €2.5k: a letter behind a number is one behind a currency alone, and $5k$ is LaTeX.
+_SHORT = re.compile(r"([$€£¥]\d[\d,]{0,40}(?:\.\d{1,40})?)\s?(mn|bn|[kmb])(?=\s*(?:$|[.,;:!?)}]|[^\W\d_]))(?!\w)", re.I)
+# A sign only where no number or word stands before it: "10-3" ends in 3. A whole number before a fraction is a mixed number.
+_NUMBER = re.compile(
+    rf"(?:(?<![\w)])(-)\s*)?(?:[€£¥]\s*)?(?:({_GROUPED}) (?=\d{{1,40}} ?/ ?\d))?((?:{_GROUPED})(?:\.\d+)?|\.\d+)"
+    rf"(?:\s*/\s*(\d+(?:\.\d+)?))?((?:[ -]?(?:{'|'.join(_MAGNITUDES)})s?(?!\w)){{0,3}})",
+    re.I,
+)
+_MAGNITUDE = re.compile("|".join(_MAGNITUDES))
 _TEXT_COMMAND = re.compile(r"\\(?:text|mathrm|textbf|mathbf|mbox)\s*\{([^{}]*)\}")
 _SPACING = re.compile(r"\\[,;:!]|\\ |\\left(?![a-z])|\\right(?![a-z])|\^\s*(?:\{?\\circ\}?|°)|[*`]|\\[()\[\]]")
 # What may stand beside the number of a marked answer: words, and behind it a unit, of one letter only after a space (5x is no 5).
@@ -30,14 +46,16 @@ def final_answer(text: str) -> Fraction | str | None:
 
     It is what stands behind the last ``####`` of the text, up to the end of the line, or in the last ``\boxed{...}``, whichever
     comes later; without either, the last number of the text. A marked answer that is one number, with a currency, a percent
-    sign or a unit beside it, is that number: 1,000 = 1000.0 = $1000 = 1000 apples, 50% = 50, ``\frac{1}{2}`` = 1/2 = 0.5.
+    sign or a unit beside it, is that number: 1,000 = 1000.0 = $1000 = 1000 apples, 50% = 50, ``\frac{1}{2}`` = 1/2 = 0.5. Words
+    of magnitude behind a number multiply it (3 million, 2 dozen, $1.5M), and mixed numbers are sums (5 1/2 = 5.5).
 
     Returns:
         A number, exactly; any other marked answer as a text without spaces; None where the text has no answer.
     """
     marked = _marked(text)
     if marked is None:
-        numbers = [_value(found) for found in _NUMBER.finditer(_plain(text))]
+        plain = _plain(text)
+        numbers = [number for found in _NUMBER.finditer(plain) for number in (_value(found), _fraction(plain, found))]
         return next((number for number in reversed(numbers) if number is not None), None)
     plain = _plain(marked).strip()
     found = _NUMBER.search(plain)
@@ -76,6 +94,7 @@ def _braces(text: str) -> dict[int, int]:
 def _plain(text: str) -> str:
     """The text with LaTeX's ways to write numbers undone."""
     text = text.replace("{,}", ",").replace("\N{MINUS SIGN}", "-").replace(r"\$", "$").replace(r"\%", "%")
+    text = _SHORT.sub(lambda found: f"{found[1]} {_LETTERS[found[2].lower()]}", text)
     text = _TEXT_COMMAND.sub(r" \1 ", _SPACING.sub("", text))
     text = _FRACTION.sub(_as_ratio, " ".join(text.split()))
     return text.replace("$", "")
@@ -88,13 +107,25 @@ def _as_ratio(found: re.Match[str]) -> str:
     return f"{int(whole) * under + over}/{under}" if whole else f" {sign}{over}/{under}"
 
 
+def _fraction(text: str, found: re.Match[str]) -> Fraction | None:
+    """What stands behind the whole number of 3 4/2, two numbers beside each other; None for all other matches."""
+    alone = _NUMBER.match(text, found.start(3))
+    return _value(alone) if found[2] and alone and _value(found) is None else None
+
+
 def _value(found: re.Match[str]) -> Fraction | None:
-    """The number of a match, exactly; None for a division by zero and for endless digits."""
-    sign, over, under = found.groups()
+    """The number of a match, exactly; None for a division by zero, endless digits, and 3 4/2, which is no mixed number."""
     if len(found.group()) > _LONGEST:
         return None
+    sign, whole, over, under, words = found.groups()
     divisor = Fraction(under or 1)
     if not divisor:
         return None
     value = Fraction(over.replace(",", "")) / divisor
+    if whole is not None:
+        if value >= 1:
+            return None
+        value += int(whole.replace(",", ""))
+    for word in _MAGNITUDE.findall(words.lower()):
+        value *= _MAGNITUDES[word]
     return -value if sign else value

@@ -234,6 +234,124 @@ def test_preferences_are_measured_against_what_the_training_began_from(tmp_path)
         assert column["metrics"]["rewards/margins"] != 0
 
 
+# --- models side by side ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def two(tmp_path) -> list[Path]:
+    """Two models that no training has left, the second of which keeps the shorter ones of four records; and the data."""
+    folders = [Path(tiny.save_tiny(tmp_path / name, seed=seed)) for seed, name in enumerate(("one", "short"))]
+    (folders[1] / "args.json").write_text(json.dumps({"data": {"max_seq_length": 60}}))
+    records = [{"prompt": "Say " + "it " * (20 * (n % 2)), "completion": f"yes {n}"} for n in (1, 2, 3, 4)]
+    runs.write_jsonl(tmp_path / "data.jsonl", records)
+    return [*folders, tmp_path / "data.jsonl"]
+
+
+def test_all_models_answer_the_same_records(two, tmp_path, capsys):
+    first, second, data = two
+    out, rows = tmp_path / "out.json", tmp_path / "rows.jsonl"
+    words = ("--file", data, "--compare", second, "--output", out, "--rows", rows, *SHORT, *METRICS)
+    assert evaluate(first, *words, "--samples", 2, "--train_on", "assistant") == 0
+    one, other = figures(out)
+    assert (one["records"], other["records"]) == (4, 2)
+    assert (one["data"]["max_seq_length"], other["data"]["max_seq_length"]) == (512, 60)
+    assert one["metrics"]["supervised_tokens"] == 2 * other["metrics"]["supervised_tokens"]
+    answers = [json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines()]
+    assert [(each["source"], each["record"]) for each in answers] == [(str(data), 2), (str(data), 4)] * 2
+    assert [each["row"] for each in answers] == [1, 3, 0, 1]
+    assert [each["reference"] for each in answers] == ["yes 2", "yes 4"] * 2
+    told = (
+        f"the models keep different records ({first} 4, {second} 2; all of them 2): each loss is of the model's own, and the "
+        "answers are to records that all keep"
+    )
+    assert told in one["notes"] and told in other["notes"]
+    shown, logged = capsys.readouterr()
+    assert shown.count("the models keep different records") == 1
+    assert "compare no values per token" not in logged, "they are of other records"
+    written = json.loads(out.read_text(encoding="utf-8"))
+    assert written["arguments"] == ["--train_on", "assistant"] and written["options"]["samples"] == 2
+    assert "failed" not in written and "sacrebleu" in written["versions"] and one["dtype"] == "float32"
+
+
+def test_models_that_keep_the_same_records(two, tmp_path, capsys):
+    first, second, data = two
+    runs.write_jsonl(data, [{"prompt": "a", "completion": "b" * 400}, {"prompt": "a", "completion": "b"}])
+    (first / "args.json").write_text(json.dumps({"data": {"max_seq_length": 64}}))
+    runs.write_jsonl(tmp_path / "long.jsonl", [{"prompt": "a", "completion": "b" * 400}])
+    words = ("--file", data, "--compare", second, *SHORT)
+    assert evaluate(first, *words) == 0
+    assert "keep different records" not in capsys.readouterr().out
+    assert evaluate(first, "--file", tmp_path / "long.jsonl", "--compare", second, *SHORT) == 2
+    assert "max_seq_length" in capsys.readouterr().err
+
+
+def test_the_rows_of_a_record_are_told_apart():
+    from hf_sft.commands.measuring import _numbered
+
+    keys = [(0, 1), (0, 2), (0, 1), (1, 1)]
+    assert _numbered(keys) == {(0, 1, 0): 0, (0, 2, 0): 1, (0, 1, 1): 2, (1, 1, 0): 3}
+
+
+def test_what_is_wrong_with_a_later_model_is_said_before_the_first_is_measured(two, tmp_path, monkeypatch, capsys):
+    first, second, data = two
+    (second / "config.json").unlink()
+
+    def load(*_):
+        raise AssertionError("a model is loaded")
+
+    monkeypatch.setattr("hf_sft.commands.evaluate.load_found", load)
+    assert evaluate(first, "--file", data, "--compare", second, *SHORT) == 2
+    assert "No model config could be read from" in capsys.readouterr().err
+
+
+def test_what_was_measured_is_kept_when_a_later_model_fails(two, tmp_path, capsys):
+    first, second, data = two
+    (second / "model.safetensors").write_bytes(b"no weights")
+    out, rows = tmp_path / "out.json", tmp_path / "rows.jsonl"
+    words = ("--file", data, "--compare", second, "--output", out, "--rows", rows, *SHORT, *METRICS)
+    assert evaluate(first, *words) == 2
+    shown, told = capsys.readouterr()
+    assert "perplexity" in shown and "error: " in told
+    written = json.loads(out.read_text(encoding="utf-8"))
+    assert [column["model"] for column in written["results"]] == [str(first)]
+    assert written["failed"]["model"] == str(second) and "ValueError" in written["failed"]["error"]
+    assert len(rows.read_text(encoding="utf-8").splitlines()) == 2
+
+
+def test_different_numbers_of_tokens_are_warned_of(two, capsys):
+    first, second, data = two
+    (second / "args.json").unlink()
+    words = (first, "--file", data, "--compare", second, "--no_generation")
+    told = "compare no values per token (loss, perplexity)"
+    assert evaluate(*words) == 0 and told not in capsys.readouterr().err
+    tiny.tiny_model(vocab_size=264).save_pretrained(second)
+    tokenizer = tiny.tiny_tokenizer()
+    tokenizer.add_tokens(["yes"])
+    tokenizer.save_pretrained(second)
+    assert evaluate(*words) == 0 and told in capsys.readouterr().err
+
+
+def test_the_system_message_of_a_run_is_that_of_its_saved_template(plain, tmp_path):
+    """It stands in the template that is saved with the model; the args.json does not put it back into one without it."""
+    data = plain / "data.jsonl"
+    values = runs.arguments(
+        tmp_path, train_file=str(data), eval_file=str(data), system_prompt="Be brief.", max_steps=1, dtype="float32"
+    )
+    folder = runs.train(values)
+
+    def asked(name: str) -> tuple[dict, list[str]]:
+        out, rows = tmp_path / f"{name}.json", tmp_path / f"{name}.jsonl"
+        assert evaluate(folder, "--file", data, "--output", out, "--rows", rows, *SHORT, *METRICS) == 0
+        prompts = [json.loads(line)["prompt"] for line in rows.read_text(encoding="utf-8").splitlines()]
+        return figures(out)[0]["metrics"], prompts
+
+    metrics, prompts = asked("as_saved")
+    same(metrics, json.loads((folder / "eval_results.json").read_text()), "loss", "supervised_tokens")
+    assert [prompt.count("Be brief.") for prompt in prompts] == [1, 1]
+    tiny.tiny_tokenizer().save_pretrained(folder)
+    assert [prompt.count("Be brief.") for prompt in asked("another")[1]] == [0, 0]
+
+
 # --- what is asked ----------------------------------------------------------------------------------------------------
 
 
@@ -276,6 +394,18 @@ def test_prompts_alone_name_the_metric(plain, tmp_path, capsys):
         (("--file", "nowhere.jsonl"), "nowhere.jsonl"),
         (("--file", "DATA", "--eval_file", "x"), "--eval_file belongs to hf-sft train: name the data with --file"),
         (("other", "--file", "DATA"), "compare them with --compare"),
+        (("--file", "DATA", "--eval-file=x"), "--eval_file belongs to hf-sft train"),
+        (
+            ("--file", "DATA", "--no_generation", "--generation_eval_steps", 1),
+            "are asked for with --samples, --metrics",
+        ),
+        (
+            ("--file", "DATA", "--generation-metrics=bleu"),
+            "--generation_metrics is of the answers while a model trains",
+        ),
+        (("--file", "DATA", "--ema_decay", 0.5), "--ema_decay belongs to hf-sft train, and nothing is trained here"),
+        (("--file", "DATA", "--early_stopping_patience", 2), "--early_stopping_patience belongs to hf-sft train"),
+        (("--file", "DATA", "--no_stop_on_divergence"), "--no_stop_on_divergence belongs to hf-sft train"),
     ],
 )
 def test_bad_requests(plain, tmp_path, capsys, words, message):
@@ -306,11 +436,10 @@ def test_benchmarks_are_handed_the_loaded_model(lora, monkeypatch, tmp_path, cap
 
     def simple_evaluate(model, tasks, **options):
         asked.append((type(model.pretrained).__name__, tasks, options))
-        return {
-            "results": {
-                "sums": {"alias": "sums", "acc,none": 0.5, "acc,strict": 0.25, "acc_stderr,none": "N/A", "name": "sums"}
-            }
-        }
+        if len(asked) > 4:
+            raise KeyError("no such column")
+        values = {"alias": "sums", "acc,none": 0.5, "acc,strict": 0.25, "acc_stderr,none": "N/A", "name": "sums"}
+        return {"results": {task: values for task in tasks if task == "sums"}}
 
     stand_ins = {
         "lm_eval": SimpleNamespace(
@@ -325,9 +454,18 @@ def test_benchmarks_are_handed_the_loaded_model(lora, monkeypatch, tmp_path, cap
     assert evaluate(*words, "--output", tmp_path / "out.json") == 0
     tuned, _ = figures(tmp_path / "out.json")
     assert tuned["metrics"] == {"sums/acc": 0.5, "sums/acc (strict)": 0.25}
-    assert [name for name, *_ in asked] == ["PeftModelForCausalLM", "LlamaForCausalLM"]
-    assert asked[0][1] == ["sums", "words"]
+    models = ["PeftModelForCausalLM"] * 2 + ["LlamaForCausalLM"] * 2
+    assert [each[:2] for each in asked] == list(zip(models, [["sums"], ["words"]] * 2, strict=True))
     assert asked[0][2]["limit"] == 3 and asked[0][2]["task_manager"].include_path == str(tmp_path)
+    for tasks, failed in (("sums,words,sums", str(lora)), ("sums,words", "base")):
+        del asked[2:]  # the third task from now on fails
+        out = tmp_path / f"{len(tasks)}.json"
+        with pytest.raises(KeyError):
+            evaluate(lora, "--tasks", tasks, "--compare", "base", "--output", out)
+        written = json.loads(out.read_text(encoding="utf-8"))
+        assert [column["metrics"] for column in written["results"]] == [tuned["metrics"]]
+        assert written["failed"]["model"] == failed and "no such column" in written["failed"]["error"]
+    capsys.readouterr()
     assert evaluate(lora, "--tasks", "sums,difference") == 2
     assert "knows no task difference;" in capsys.readouterr().err
 

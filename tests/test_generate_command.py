@@ -19,6 +19,7 @@ from hf_sft.models.adapters import add_adapter, save_adapter
 from hf_sft.models.averages import WeightAverage, trained_parameters
 from hf_sft.models.inference import find_model, load_for_inference
 from hf_sft.models.mask_token import record_mask_token, recorded_mask_token
+from hf_sft.prompts import Request, encode_request
 
 MASK = 200
 
@@ -175,6 +176,19 @@ def test_raw_and_system(wedlm, capsys) -> None:
     assert main([wedlm, "--prompt", "Hi", "--system", "Be kind.", *shared]) == 0
     want = answers_of(wedlm, [template(("system", "Be kind."), ("user", "Hi"))], max_new_tokens=6)
     assert [capsys.readouterr().out] == [f"{text}\n" for text in want]
+
+
+def test_the_end_that_a_tokenizer_puts_behind_texts_is_no_part_of_a_raw_prompt() -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = tiny.tiny_tokenizer()
+    ids = tokenizer("Once upon")["input_ids"]
+    assert encode_request(Request("Once<|im_end|>"), tokenizer, raw=True)[-1] == 256, "one that the user wrote is"
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        "$A <|im_end|>", special_tokens=[("<|im_end|>", 256)]
+    )
+    assert tokenizer("Once upon")["input_ids"] == [*ids, 256]
+    assert encode_request(Request("Once upon"), tokenizer, raw=True) == ids
 
 
 def test_an_adapter_folder(tmp_path, capsys) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -37,8 +37,8 @@ def run_benchmarks(
     num_fewshot: int | None = None,
     folder: str | None = None,
     chat: bool = False,
-) -> dict[str, float]:
-    """The metrics of benchmarks, under ``task/metric`` or ``task/metric (filter)``, with their standard errors.
+) -> Iterator[dict[str, float]]:
+    """The metrics of one benchmark after the other, under ``task/metric`` or ``task/metric (filter)``, with standard errors.
 
     Args:
         model: a model or a PEFT model; one trained as WeDLM is decoded token by token.
@@ -54,19 +54,21 @@ def run_benchmarks(
     language_model = importlib.import_module("lm_eval.models.huggingface").HFLM(
         pretrained=model, tokenizer=tokenizer, batch_size=batch_size
     )
-    try:
-        found = harness.simple_evaluate(
-            model=language_model,
-            tasks=list(tasks),
-            task_manager=_manager(folder),
-            limit=limit,
-            num_fewshot=num_fewshot,
-            apply_chat_template=chat,
-            log_samples=False,
-        )
-    except (OSError, ConnectionError) as error:
-        raise ValueError(f"lm-evaluation-harness cannot load the data of {', '.join(tasks)}: {error}") from error
-    return _flat(found["results"])
+    manager = _manager(folder)
+    for task in tasks:
+        try:
+            found = harness.simple_evaluate(
+                model=language_model,
+                tasks=[task],
+                task_manager=manager,
+                limit=limit,
+                num_fewshot=num_fewshot,
+                apply_chat_template=chat,
+                log_samples=False,
+            )
+        except (OSError, ConnectionError) as error:
+            raise ValueError(f"lm-evaluation-harness cannot load the data of {task}: {error}") from error
+        yield _flat(found["results"])
 
 
 def _flat(results: dict[str, dict[str, Any]]) -> dict[str, float]:

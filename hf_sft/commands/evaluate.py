@@ -7,16 +7,25 @@ import json
 import logging
 import math
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_sft.commands.benchmarks import check_tasks, run_benchmarks
-from hf_sft.commands.options import add_decoding_options, add_model_options, decoding_options, load_found
+from hf_sft.commands.options import (
+    add_decoding_options,
+    add_model_options,
+    check_raw_weights,
+    decoding_options,
+    load_found,
+)
 from hf_sft.evaluation_checks import ANSWER_METRICS
 
 if TYPE_CHECKING:
-    from hf_sft.commands.measuring import Column
+    from hf_sft.commands.measuring import Column, Material, Request, Subject
 
 logger = logging.getLogger("hf_sft")
 
@@ -28,29 +37,30 @@ def main(argv: Sequence[str]) -> int:
     """Evaluate as ``argv`` says; returns 0. Raises ValueError for everything that a user can put right."""
     options, rest = _parser().parse_known_args(argv)
     _check(options, rest)
+    from hf_sft.commands.measuring import materials
     from hf_sft.commands.train import log_to_terminal
-    from hf_sft.models.mask_token import recorded_mask_token
-    from hf_sft.models.wrappers import base_model
 
     log_to_terminal()
     subjects = _subjects(options)
     columns: list[Column] = []
-    template = None
-    for number, (name, path, record) in enumerate(subjects):
-        model, tokenizer = load_found(path, options, options.base if number == 0 else None)
-        if number == 0:
-            template = tokenizer.chat_template
-        elif template is not None:
-            tokenizer.chat_template = template  # all models are asked in the same words
-        decoding = decoding_options(options)
-        if number > 0 and recorded_mask_token(base_model(model)) is None:
-            decoding = {}  # a model that is compared may answer token by token alone
-        columns += _columns((name, path, record), model, tokenizer, options, (decoding, rest))
-        del model
-        _free()
+    with tempfile.TemporaryDirectory(prefix="hf_sft_evaluate_") as scratch:
+        request = _request(options, rest)
+        found = materials(subjects, request, Path(scratch)) if options.file else [None] * len(subjects)
+        for number, (subject, material) in enumerate(zip(subjects, found, strict=True)):
+            try:
+                # A model that is compared may answer token by token alone.
+                asked = request if number == 0 or subject.token is not None else replace(request, decoding={})
+                _measure(subject, material, options, asked, columns)
+            except (Exception, KeyboardInterrupt) as error:
+                columns = [column for column in columns if column.metrics]
+                if columns:
+                    logger.error("%s is not measured to its end: what was measured before follows", subject.name)
+                    told = {"model": subject.name, "error": f"{type(error).__name__}: {error}"}
+                    _report(columns, options, rest, told)
+                raise
+            _free()
     _warn_of_different_tokens(columns)
-    _print(columns)
-    _write(columns, options)
+    _report(columns, options, rest)
     return 0
 
 
@@ -103,10 +113,7 @@ def _check(options: argparse.Namespace, rest: Sequence[str]) -> None:
         raise ValueError("name the data with --file, or benchmarks with --tasks")
     if rest and not rest[0].startswith("-"):
         raise ValueError(f"hf-sft evaluate takes one model, and {rest[0]!r} is one more: compare them with --compare")
-    if foreign := [word for word in rest if word.partition("=")[0] in ("--train_file", "--eval_file", "--output_dir")]:
-        raise ValueError(
-            f"{foreign[0]} belongs to hf-sft train: name the data with --file, and a file for the figures with --output"
-        )
+    _check_words(rest)
     for name in ("samples", "max_new_tokens", "batch_size", "limit"):
         if (value := getattr(options, name)) is not None and value < 1:
             raise ValueError(
@@ -132,6 +139,28 @@ def _check(options: argparse.Namespace, rest: Sequence[str]) -> None:
         check_tasks(options.tasks.split(","), options.task_folder)
 
 
+def _check_words(rest: Sequence[str]) -> None:
+    """Refuse arguments of train that would be without effect here, or beside options of this command."""
+    from hf_sft.arguments import EMAArguments, EvaluationArguments, MonitoringArguments
+    from hf_sft.parsing import split_words
+
+    of_training = {
+        entry.name for cls in (EvaluationArguments, EMAArguments, MonitoringArguments) for entry in fields(cls)
+    }
+    for key in split_words(rest)[0]:
+        if key in ("train_file", "eval_file", "output_dir"):
+            raise ValueError(
+                f"--{key} belongs to hf-sft train: name the data with --file, and a file for the figures with --output"
+            )
+        if key.startswith(("generation_", "max_generation_")) and key in of_training:
+            raise ValueError(
+                f"--{key} is of the answers while a model trains; here they are asked for with --samples, --metrics, "
+                "--max_new_tokens and --batch_size, and left out with --no_generation"
+            )
+        if key in of_training or key.removeprefix("no_") in of_training:
+            raise ValueError(f"--{key} belongs to hf-sft train, and nothing is trained here: leave it out")
+
+
 def _check_new(name: str, path: str, suffix: str) -> None:
     if Path(path).suffix != suffix:
         raise ValueError(f"--{name} is {path!r}: the name of this file ends with {suffix}")
@@ -142,22 +171,28 @@ def _check_new(name: str, path: str, suffix: str) -> None:
 # ---- models ----
 
 
-def _subjects(options: argparse.Namespace) -> list[tuple[str, str, Mapping[str, Any]]]:
-    """Name, place and args.json of each model; those compared are read as the first one's run read its data."""
-    from hf_sft.commands.measuring import recorded
+def _subjects(options: argparse.Namespace) -> list[Subject]:
+    """All models, before any is loaded; those compared are read as the first one's run read its data, in its template."""
+    from hf_sft.commands.measuring import look_at, recorded
     from hf_sft.models.inference import find_model
 
     first = find_model(options.model, options.checkpoint)
     record = recorded(first)
     name = options.model if options.checkpoint is None else f"{options.model} ({options.checkpoint})"
-    found: list[tuple[str, str, Mapping[str, Any]]] = [(name, first, record)]
+    named: list[tuple[str, str, Mapping[str, Any], str | None]] = [(name, first, record, options.base)]
     for other in options.compare:
         if other == BASE:
-            found.append((BASE, _base_of(first, record, options.base), record))
+            named.append((BASE, find_model(_base_of(first, record, options.base), None), record, None))
         else:
             path = find_model(other, None)
-            found.append((other, path, record or recorded(path)))
-    return found
+            named.append((other, path, record or recorded(path), None))
+    check_raw_weights(options, *(path for _, path, *_ in named))
+    subjects = [look_at(*each, trust_remote_code=options.trust_remote_code) for each in named]
+    template = subjects[0].tokenizer.chat_template
+    if template is not None:
+        for subject in subjects:
+            subject.tokenizer.chat_template = template  # all models are asked in the same words
+    return subjects
 
 
 def _base_of(path: str, record: Mapping[str, Any], given: str | None) -> str:
@@ -186,32 +221,37 @@ def _free() -> None:
     torch.cuda.empty_cache()
 
 
-def _columns(
-    subject: tuple[str, str, Mapping[str, Any]],
-    model: Any,
-    tokenizer: Any,
-    options: argparse.Namespace,
-    more: tuple[Mapping[str, Any], Sequence[str]],
-) -> list[Column]:
-    """Everything that is measured of one model."""
-    from hf_sft.commands.measuring import Column, Request, measure
+def _request(options: argparse.Namespace, words: Sequence[str]) -> Request:
+    from hf_sft.commands.measuring import Request
 
-    (name, path, record), (decoding, words) = subject, more
-    columns = [Column(name, path, None, {})]
-    if options.file:
-        request = Request(
-            files=options.file,
-            metrics=options.metrics,
-            samples=0 if options.no_generation else options.samples,
-            decoding=decoding,
-            words=words,
-            **{key: getattr(options, key) for key in ("max_new_tokens", "batch_size", "autoregressive")},
-        )
-        columns = measure(name, path, model, tokenizer, record, request)
+    return Request(
+        files=options.file or (),
+        metrics=options.metrics,
+        samples=0 if options.no_generation else options.samples,
+        decoding=decoding_options(options),
+        words=words,
+        **{key: getattr(options, key) for key in ("max_new_tokens", "batch_size", "autoregressive")},
+    )
+
+
+def _measure(
+    subject: Subject, material: Material | None, options: argparse.Namespace, request: Request, columns: list[Column]
+) -> None:
+    """Add everything that is measured of one model to ``columns``, as soon as it is known."""
+    from hf_sft.commands.measuring import Column, measure
+
+    model, _ = load_found(subject.path, options, subject.base)
+    if material is None:
+        found = [Column(subject.name, subject.path, None, {})]
+    else:
+        found = measure(subject, material, model, request)
+    for column in found:
+        column.dtype = str(model.dtype).removeprefix("torch.")
+    columns += found
     if options.tasks:
         scores = run_benchmarks(
             model,
-            tokenizer,
+            subject.tokenizer,
             options.tasks.split(","),
             batch_size=options.batch_size,
             limit=options.limit,
@@ -219,19 +259,29 @@ def _columns(
             folder=options.task_folder,
             chat=options.apply_chat_template,
         )
-        columns[-1].metrics.update(scores)  # the harness decodes token by token
-    return columns
+        for of_task in scores:
+            found[-1].metrics.update(of_task)  # the harness decodes token by token
 
 
 def _warn_of_different_tokens(columns: Sequence[Column]) -> None:
-    counts = {column.metrics.get("supervised_tokens") for column in columns}
-    if len(counts) > 1:
+    same_records = len({column.records for column in columns}) == 1  # else a note says that losses are of other records
+    if same_records and len({column.metrics.get("supervised_tokens") for column in columns}) > 1:
         logger.warning(
             "the models cut the answers into different numbers of tokens: compare no values per token (loss, perplexity)"
         )
 
 
 # ---- results ----
+
+
+def _report(
+    columns: Sequence[Column],
+    options: argparse.Namespace,
+    words: Sequence[str],
+    failed: Mapping[str, str] | None = None,
+) -> None:
+    _print(columns)
+    _write(columns, options, words, failed)
 
 
 def _print(columns: Sequence[Column]) -> None:
@@ -273,7 +323,10 @@ def _told(value: float | None) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if abs(value) < 1e4 else f"{value:.3e}"
 
 
-def _write(columns: Sequence[Column], options: argparse.Namespace) -> None:
+def _write(
+    columns: Sequence[Column], options: argparse.Namespace, words: Sequence[str], failed: Mapping[str, str] | None
+) -> None:
+    """The files that are asked for; ``failed``: the model at which the measuring ended, and why."""
     from hf_sft.checkpoints import versions
     from hf_sft.data.cache import write_file
 
@@ -286,15 +339,27 @@ def _write(columns: Sequence[Column], options: argparse.Namespace) -> None:
         result = {
             "file": options.file,
             "options": {key: value for key, value in vars(options).items() if key not in ("file", "output", "rows")},
+            "arguments": list(words),
             "results": [
-                {key: getattr(column, key) for key in ("model", "path", "decoding", "metrics", "notes")}
+                {entry.name: getattr(column, entry.name) for entry in fields(column) if entry.name != "rows"}
                 for column in columns
             ],
-            "versions": versions(),
+            **({} if failed is None else {"failed": dict(failed)}),
+            "versions": {**versions(), **_scorers()},
         }
-        print(
-            f"JSON: {write_file(options.output, json.dumps(_finite(result), indent=1, ensure_ascii=False) + chr(10))}"
-        )
+        text = json.dumps(_finite(result), indent=1, ensure_ascii=False, default=str)
+        print(f"JSON: {write_file(options.output, text + chr(10))}")
+
+
+def _scorers() -> dict[str, str]:
+    """The installed packages that scores depend on."""
+    from importlib import metadata
+
+    found = {}
+    for name in ("sacrebleu", "rouge-score", "nltk", "rapidfuzz", "lm-eval"):
+        with suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
 
 
 def _finite(value: Any) -> Any:
