@@ -6,6 +6,7 @@ import json
 import logging
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import runs
@@ -180,8 +181,6 @@ def history(*values, name="eval_loss"):
     ],
 )
 def test_early_stopping_looks_at_the_log_alone(values, threshold, ends) -> None:
-    from types import SimpleNamespace
-
     args = SimpleNamespace(metric_for_best_model=None, greater_is_better=None)
     control = SimpleNamespace(should_training_stop=False)
     alone = [{"step": step, "eval_loss": 9.0} for step in (5, 15, 45)]  # no evaluations
@@ -334,3 +333,32 @@ def test_answers_of_the_training_are_no_check_of_the_result(tmp_path) -> None:
     assert trainer.check_stopping(1)["answers"][0]["answer"] == made[0].answer  # those of the last evaluation
     trainer._known.in_train, trainer.predictions = True, []
     assert trainer.check_stopping(1)["checked"] == 1
+
+
+def test_answers_go_where_the_run_reports_to(tmp_path) -> None:
+    """As text to TensorBoard, as a table to W&B (a stand-in: it wants an account)."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from transformers import TrainerCallback
+
+    class Table:
+        def __init__(self, columns, data) -> None:
+            self.columns, self.data = columns, data
+
+    class WandbCallback(TrainerCallback):
+        logged: list = []
+        _wandb = SimpleNamespace(Table=Table, log=logged.append)
+
+    asked = EvaluationArguments(generation_eval_steps=1, generation_max_new_tokens=3)
+    more = dict(eval_strategy="no", report_to=["tensorboard"], logging_steps=1)
+    trainer = make(tmp_path, ROWS, asked, **more)
+    trainer.add_callback(WandbCallback())
+    trainer.train()
+    assert [entry["train/global_step"] for entry in WandbCallback.logged] == [1, 2]
+    table = WandbCallback.logged[-1]["eval/answers"]
+    first = trainer.predictions[0]
+    assert table.columns == ["row", "prompt", "reference", "answer"]
+    assert table.data[0] == [first.row, first.prompt, first.reference, first.answer]
+    (folder,) = {path.parent for path in tmp_path.rglob("events.out.tfevents*")}
+    events = EventAccumulator(str(folder)).Reload()
+    (text,) = events.Tensors("eval/answers/text_summary")[-1].tensor_proto.string_val
+    assert f"reference: {first.reference}" in text.decode() and f"answer: {first.answer}" in text.decode()
