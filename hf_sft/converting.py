@@ -32,7 +32,8 @@ from hf_sft.checkpoints import ARGUMENTS_FILE, CheckpointError, verify_weights, 
 from hf_sft.merging.folders import new_folder
 from hf_sft.merging.merge import write_configs
 from hf_sft.models.adapters import read_adapter_config
-from hf_sft.models.inference import DTYPES, has_average
+from hf_sft.models.averages import has_average
+from hf_sft.models.inference import DTYPES
 from hf_sft.models.loading import load_config
 from hf_sft.tensor_files import StreamedTensor, held, size_in_bytes, split_by_size, write_shards
 

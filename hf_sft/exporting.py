@@ -24,8 +24,9 @@ from hf_sft.arguments import ModelArguments
 from hf_sft.checkpoints import CheckpointError, verify_weights
 from hf_sft.data.chat import end_of_turn_id
 from hf_sft.merging import load_merged, new_folder
+from hf_sft.models.averages import has_average
 from hf_sft.models.families import end_tokens
-from hf_sft.models.inference import base_arguments, has_average, take_average
+from hf_sft.models.inference import base_arguments, take_average
 from hf_sft.models.loading import load_config, load_model, load_tokenizer
 from hf_sft.models.mask_token import record_mask_token, recorded_mask_token, resolve_mask_token
 from hf_sft.models.vocabulary import vocabulary_rows

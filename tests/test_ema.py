@@ -202,3 +202,13 @@ def test_other_weights_are_refused(tmp_path) -> None:
         WeightAverage({"bias": nn.Linear(4, 4).bias}, 0.9).load(tmp_path)
     with pytest.raises(ValueError, match="ema_decay is 2"):
         SFTTrainer(tiny.tiny_model(), processing_class=tiny.tiny_tokenizer(), ema_args=EMAArguments(ema_decay=2.0))
+
+
+def test_a_run_that_begins_from_weights_beside_their_average(tmp_path, capsys) -> None:
+    values = runs.arguments(tmp_path, max_steps=1, save_strategy="steps", save_steps=1, ema_decay=DECAY)
+    begun = runs.train(values) / "checkpoint-1"
+    runs.train({**values, "model_name_or_path": str(begun), "output_dir": str(tmp_path / "next")})
+    assert (
+        f"{begun} holds an average of its weights beside them, and training begins from the weights"
+        in capsys.readouterr().err
+    )

@@ -191,7 +191,7 @@ def test_the_end_that_a_tokenizer_puts_behind_texts_is_no_part_of_a_raw_prompt()
     assert encode_request(Request("Once upon"), tokenizer, raw=True) == ids
 
 
-def test_an_adapter_folder(tmp_path, capsys) -> None:
+def test_an_adapter_folder(tmp_path, capsys, caplog) -> None:
     base = save_model(tmp_path / "base", mask=None)
     model, _ = load_for_inference(base)
     adapted = add_adapter(model, LoraArguments(lora_rank=4))
@@ -210,6 +210,13 @@ def test_an_adapter_folder(tmp_path, capsys) -> None:
     assert again.get_base_model().generation_config.eos_token_id == [256, 257]
     ids = torch.tensor([[1, 2, 3]])
     torch.testing.assert_close(again(ids).logits, adapted.eval()(ids).logits, rtol=0, atol=1e-6)
+
+    other = save_model(tmp_path / "other", mask=None)  # of the same shapes
+    with caplog.at_level("WARNING"):
+        load_for_inference(folder, base=base)
+        assert "was trained on" not in caplog.text
+        load_for_inference(folder, base=other)
+    assert f"was trained on {base}, and is put on {other}: they must be the same model" in caplog.text
 
     words = ["--prompt", "Hello", "--max_new_tokens", "10"]
     want = answers_of(folder, [template(("user", "Hello"))], max_new_tokens=10)

@@ -49,7 +49,8 @@ def main(argv: Sequence[str]) -> int:
                 "the tokenizer has no chat template, and a chat needs one; save one with it, or continue plain texts with "
                 "hf-sft generate --raw"
             )
-        chat = Chat(Answerer(model, tokenizer, **answer_options(options)), options.system)
+        name = options.model if options.checkpoint is None else f"{options.model} ({options.checkpoint})"
+        chat = Chat(Answerer(model, tokenizer, **answer_options(options)), options.system, name)
         chat.run(_lines())
     except KeyboardInterrupt:
         print()
@@ -97,15 +98,16 @@ class Chat:
 
     Args:
         system: the system message.
+        name: of the model.
 
     Attributes:
         turns: of the conversation so far, without the system message.
     """
 
-    def __init__(self, answerer: Any, system: str | None = None) -> None:
+    def __init__(self, answerer: Any, system: str | None = None, name: str = "") -> None:
         from rich.console import Console
 
-        self.answerer, self.system = answerer, system
+        self.answerer, self.system, self.name = answerer, system, name
         self.turns: list[dict[str, str]] = []
         self._left_out = 0  # turns that were too many
         self._console = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -117,7 +119,7 @@ class Chat:
             ValueError: a message that cannot be answered, where nobody sits at the terminal to write another one.
         """
         if sys.stdin.isatty():
-            self._note("/help shows the commands, Ctrl-D leaves")
+            self._note(f"{self.name}: /help shows the commands, Ctrl-D leaves")
         commands: dict[str, Callable[[str], None]] = {
             "/help": lambda rest: self._note(_HELP),
             "/reset": self._reset,

@@ -95,7 +95,7 @@ def add_raw_weights_option(parser: argparse.ArgumentParser) -> None:
 
 def check_raw_weights(options: argparse.Namespace, *folders: str) -> None:
     """Raise ValueError if ``--raw_weights`` has nothing to choose from: none of ``folders`` holds an average."""
-    from hf_sft.models.inference import AVERAGE_FILE, has_average
+    from hf_sft.models.averages import AVERAGE_FILE, has_average
 
     if options.raw_weights and not any(map(has_average, folders)):
         raise ValueError(
@@ -107,7 +107,7 @@ def check_raw_weights(options: argparse.Namespace, *folders: str) -> None:
 
 def tell_of_average(options: argparse.Namespace, folder: str) -> None:
     """Say that the average of the weights in ``folder`` is taken, where it is; the log says it at its level info."""
-    from hf_sft.models.inference import AVERAGE_FILE, has_average
+    from hf_sft.models.averages import AVERAGE_FILE, has_average
 
     told = logging.getLogger("hf_sft").isEnabledFor(logging.INFO)
     if not options.raw_weights and not told and has_average(folder):

@@ -63,6 +63,7 @@ def run(arguments: Any) -> int:
     read_only = [objective.mask_token_id] if objective.mask_token_id is not None else []
     model = load_model(arguments.model, arguments.lora, tokenizer=tokenizer, training=training, input_rows=read_only)
     meet()
+    _warn_of_averages(arguments)
     logger.info(summary(model))
 
     with _no_empty_folder(training.output_dir):
@@ -127,6 +128,19 @@ def _tell_data(prepared: Mapping[str, Any]) -> None:
                 "%s are longer than max_seq_length and are left out: raise it, or set overlength to truncate%s",
                 f"{lost['overlength']:,}",
                 ", and max_prompt_length for long prompts" if report["formats"].get("preference") else "",
+            )
+
+
+def _warn_of_averages(arguments: Any) -> None:
+    """A training goes on with weights, whatever their average would answer."""
+    from hf_sft.models.averages import has_average
+
+    for name in filter(None, (arguments.model.model_name_or_path, arguments.lora.adapter_name_or_path)):
+        if has_average(name):
+            logger.warning(
+                "%s holds an average of its weights beside them, and training begins from the weights; to begin from the "
+                "average, name the result of its run, or what hf-sft merge writes",
+                name,
             )
 
 

@@ -27,7 +27,8 @@ from transformers.utils.hub import cached_file
 from hf_sft.arguments import ModelArguments
 from hf_sft.merging.quantised import RoundTrip
 from hf_sft.merging.updates import grown, with_bias, with_lora, with_rows
-from hf_sft.models.inference import has_average, put_adapter, take_average
+from hf_sft.models.averages import has_average
+from hf_sft.models.inference import put_adapter, take_average
 from hf_sft.models.loading import load_config
 from hf_sft.tensor_files import StreamedTensor, held, read_tensors
 

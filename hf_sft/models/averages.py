@@ -14,6 +14,11 @@ from torch import Tensor, nn
 AVERAGE_FILE = "ema.safetensors"
 
 
+def has_average(folder: str | Path) -> bool:
+    """Whether an average lies beside the weights in a folder."""
+    return Path(folder, AVERAGE_FILE).is_file()
+
+
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """What an average is made of: everything that is trained, of an adapter's model the adapter alone."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}

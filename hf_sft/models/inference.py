@@ -14,7 +14,7 @@ from hf_sft.arguments import ModelArguments
 from hf_sft.checkpoints.folders import checkpoints_in, read_state
 from hf_sft.data.cache import cache_key, hash_files
 from hf_sft.models.adapters import load_adapter, read_adapter_config
-from hf_sft.models.averages import AVERAGE_FILE
+from hf_sft.models.averages import AVERAGE_FILE, has_average
 from hf_sft.models.loading import load_config, load_model, load_tokenizer
 from hf_sft.models.mask_token import adapter_mask_token, record_mask_token
 from hf_sft.models.vocabulary import grow_embeddings, vocabulary_rows
@@ -69,6 +69,7 @@ def load_for_inference(
     arguments.dtype = dtype or own_dtype(arguments)  # type: ignore[assignment]
     model: Any = cast(PreTrainedModel, load_model(arguments))
     if is_adapter(name) or base is not None:
+        _warn_of_other_base(name, base)
         tokenizer = adapter_tokenizer(name, arguments)
         model = put_adapter(model, name, len(tokenizer), averaged=averaged)
     else:
@@ -76,6 +77,15 @@ def load_for_inference(
         if averaged and has_average(name):
             take_average(model, name)
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
+
+
+def _warn_of_other_base(adapter: str, base: str | None) -> None:
+    """Weights of the same shapes are put together without an error, and what comes of it may be nonsense."""
+    named = read_adapter_config(adapter).base_model_name_or_path
+    if base is not None and named and Path(named).resolve() != Path(base).resolve():
+        logger.warning(
+            "The adapter in %s was trained on %s, and is put on %s: they must be the same model.", adapter, named, base
+        )
 
 
 def is_adapter(folder: str) -> bool:
@@ -157,11 +167,6 @@ def files_key(folder: str) -> str | None:
     small = [file for file in files if file not in large]
     parts = {"files": hash_files(small), "large": hash_files(large, contents=False)}
     return cache_key({**parts, "names": [file.name for file in [*small, *large]]})
-
-
-def has_average(folder: str) -> bool:
-    """Whether an average of the weights lies beside them."""
-    return Path(folder, AVERAGE_FILE).is_file()
 
 
 def take_average(model: Any, folder: str) -> None:

@@ -17,7 +17,7 @@ from hf_sft.checkpoints.folders import step_of
 from hf_sft.checks import check_values
 from hf_sft.evaluation_checks import check_ema
 from hf_sft.metrics import evaluated
-from hf_sft.models.averages import AVERAGE_FILE, WeightAverage, trained_parameters
+from hf_sft.models.averages import WeightAverage, has_average, trained_parameters
 from hf_sft.training.checkpoint_trainer import CheckpointTrainer
 
 logger = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ class AveragingTrainer(CheckpointTrainer):
         if step < first:
             return
         self._begin_average()
-        if self._checkpoint is not None and Path(self._checkpoint, AVERAGE_FILE).is_file():
+        if self._checkpoint is not None and has_average(self._checkpoint):
             cast(WeightAverage, self.average).load(self._checkpoint)
         elif step > first:
             logger.warning("%s holds no average of the weights: it begins at step %d", self._checkpoint, step)
@@ -100,7 +100,7 @@ class AveragingTrainer(CheckpointTrainer):
         super()._load_best_model()
         self._tell_best()
         best = str(self.state.best_model_checkpoint)
-        if self.average is not None and Path(best, AVERAGE_FILE).is_file():
+        if self.average is not None and has_average(best):
             self.average.load(best)
         else:  # the best one came before the average began
             self.average = None
