@@ -87,9 +87,8 @@ def run(arguments: Any) -> int:
             if planned != last:
                 logger.warning(
                     "The run was planned for %d steps and now takes %d: learning rates that depend on their number jump.",
-                    planned,
-                    last,
-                )
+                    planned, last,
+                )  # fmt: skip
         result = trainer.train(resume_from_checkpoint=checkpoint)
     _refuse_divergence(trainer.state.log_history)
     trainer.save_model()
