@@ -83,7 +83,6 @@ def prompt_of(number: int, row: Mapping[str, Any], tokenizer: Any) -> Prompt | N
 def answer_prompts(
     prompts: Sequence[Prompt],
     answerer: Answerer,
-    tokenizer: Any,
     *,
     batch_size: int,
     batches: int | None = None,
@@ -108,7 +107,7 @@ def answer_prompts(
             break
         batch = ordered[number * batch_size : (number + 1) * batch_size]
         for prompt, answer in zip(batch, answerer([prompt.ids for prompt in batch]), strict=True):
-            text = tokenizer.decode(prompt.ids, skip_special_tokens=True)
+            text = answerer.tokenizer.decode(prompt.ids, skip_special_tokens=True)
             counts = len(answer.tokens), answer.forwards, answer.stopped
             found.append(Prediction(prompt.row, text, prompt.reference, answerer.text(answer), *counts))
         answered()

@@ -18,6 +18,7 @@ from hf_sft.commands.benchmarks import check_tasks, run_benchmarks
 from hf_sft.commands.options import (
     add_decoding_options,
     add_model_options,
+    check_decoding_options,
     check_raw_weights,
     decoding_options,
     load_found,
@@ -125,8 +126,7 @@ def _check(options: argparse.Namespace, rest: Sequence[str]) -> None:
     if options.no_generation and (options.metrics or options.rows):
         given = "--metrics" if options.metrics else "--rows"
         raise ValueError(f"--no_generation makes no answers, and {given} needs them: leave out one of them")
-    if options.autoregressive and (named := decoding_options(options)):
-        raise ValueError(f"{', '.join(named)} decodes in parallel, and autoregressive does not; leave out one of them")
+    check_decoding_options(options)
     if missing := available(options.metrics)[1] if options.metrics else {}:
         raise ValueError(f"metrics: {'; '.join(missing.values())}")
     for name in ("task_folder", "num_fewshot", "limit", "apply_chat_template"):

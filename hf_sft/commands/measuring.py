@@ -435,7 +435,7 @@ def _answered(
     for answerer in answerers:
         decoding = None if not is_wedlm else "parallel" if answerer.is_parallel else "autoregressive"
         logger.info("%s: %d prompts are answered%s", subject.name, len(prompts), f" ({decoding})" if decoding else "")
-        found = answer_prompts(prompts, answerer, tokenizer, batch_size=request.batch_size)
+        found = answer_prompts(prompts, answerer, batch_size=request.batch_size)
         found, scores = score_predictions(found, names)
         more = {"model": subject.name, **({} if decoding is None else {"decoding": decoding})}
         records = [prediction.record(**more, **material.place(prediction.row)) for prediction in found]

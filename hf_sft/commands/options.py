@@ -51,6 +51,12 @@ def decoding_options(options: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(options, name) for name in DECODING_OPTIONS if getattr(options, name) is not None}
 
 
+def check_decoding_options(options: argparse.Namespace) -> None:
+    """Raise ValueError for options of parallel decoding where ``autoregressive`` asks for none."""
+    if options.autoregressive and (named := ", ".join(decoding_options(options))):
+        raise ValueError(f"{named} decodes in parallel, and autoregressive does not; leave out one of them")
+
+
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """The options that name a model to decode with."""
     parser.add_argument(
@@ -134,8 +140,7 @@ def check_answer_options(options: argparse.Namespace) -> None:
 
     if options.max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {options.max_new_tokens}; it must be at least 1")
-    if options.autoregressive and (named := ", ".join(decoding_options(options))):
-        raise ValueError(f"{named} decodes in parallel, and autoregressive does not; leave out one of them")
+    check_decoding_options(options)
     check_sampling(options.temperature, options.top_p, options.top_k, options.seed)
 
 

@@ -216,7 +216,6 @@ class AnsweringTrainer(AveragingTrainer):
             found = answer_prompts(
                 prompts[rank::world],
                 answerer,
-                tokenizer,
                 batch_size=size,
                 batches=batches,
                 out_of_time=out_of_time,
