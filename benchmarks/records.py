@@ -1,10 +1,13 @@
-"""What every record carries: the conditions under which its figures were taken."""
+"""What every record carries, the conditions under which its figures were taken; how tables look, and how
+scripts begin and end."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
+import sys
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,16 @@ import torch
 from hf_sft.checkpoints import versions
 
 FOLDER = Path(__file__).parent / "records"
+
+
+def read_record(name: str) -> dict[str, Any]:
+    return json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def table(head: list[str], body: list[list[str]]) -> str:
+    """Markdown: the first column to the left, figures to the right."""
+    lines = [head, ["---", *("---:" for _ in head[1:])], *body]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def write_record(name: str, results: Any, path: str | None = None) -> Path:
@@ -31,6 +44,23 @@ def write_record(name: str, results: Any, path: str | None = None) -> Path:
     record = {"benchmark": name, "conditions": conditions, "results": results}
     target.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return target
+
+
+def parser(doc: str | None, name: str, steps: int | None = None) -> argparse.ArgumentParser:
+    """With the options that scripts share: ``--note``, ``--output``, and ``--steps`` where there is a default for it."""
+    found = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
+    if steps is not None:
+        found.add_argument("--steps", type=int, default=steps, help="of each way")
+    found.add_argument("--note", help="what else there is to say of the conditions")
+    found.add_argument("--output", help=f"where to write the record; default: benchmarks/records/{name}.json")
+    return found
+
+
+def conclude(name: str, results: dict[str, Any], path: str | None) -> None:
+    """Write the record and end the process: with an error where ``results["missed"]`` names demands that are not met."""
+    print(f"record: {write_record(name, results, path)}")
+    if results["missed"]:
+        sys.exit(f"demands that are not met: {'; '.join(results['missed'])}")
 
 
 def _processor() -> str:

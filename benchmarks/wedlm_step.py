@@ -1,74 +1,65 @@
-"""One WeDLM training step: ours against plain SDPA and against the reference's arithmetic, on the same masks.
+"""One WeDLM training step: SFTTrainer against plain SDPA and against the reference's arithmetic, on the same masks.
 
-    OMP_NUM_THREADS=2 python benchmarks/wedlm_step.py [--rounds 7] [--record]
+    python benchmarks/wedlm_step.py [--steps 9] [--output results.json]
 
 A Qwen3-like model (4 layers, 256 wide, vocabulary 32,000) takes 2,048 clean tokens in 15 documents, a third of them prompt, in
-blocks of 32. Four ways to do the same step (forward, backward, AdamW):
+blocks of 32. The same step (forward, backward, clipping, AdamW) in several ways:
 
-    ours        elided noisy streams, segments, cross entropy of the scored rows in chunks
+    SFTTrainer  ours, as it comes: fetching, collating and logging count
+    limit       a plain loop of its parts: elided noisy streams, segments, cross entropy of the scored rows in chunks
     unelided    the same with whole noisy streams
     sdpa        both streams whole, one boolean mask [1, 1, T, T] through SDPA, all logits, plain cross entropy
     reference   both streams whole, a float mask added and the softmax written out in every layer, all logits (arXiv 2512.22737)
 
-Steps alternate in one process, so that a slow moment of the machine hits all; the figures are medians. The masks of the two
-baselines are made outside of the clock. Peak memory is the resident set of a process of its own per way, imports and all.
-Every way must give the same losses, step by step, and the same gradients on a small model. What elision gains alone is measured
-on half-prompt data, and what collating costs as a share of our step.
+SFTTrainer, limit and unelided take the products of ``hf_sft/products.py``, oneDNN's where they are faster. sdpa and reference are
+what others would run, with the products that torch takes by itself: part of the ratio comes from there. How much says the row
+"sdpa, same products", which takes ours'.
+
+Each way is a process of its own and their steps alternate; figures are medians. The loops make batches and masks outside of the
+clock. Peak memory is the resident set, imports and all. Every way must give the same losses, step by step, and the loops the same
+gradients on a small model. What elision gains alone is measured on half-prompt data, and what collating costs as a share of
+SFTTrainer's step. What is demanded is demanded of SFTTrainer.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import resource
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 import torch
-from records import write_record
+import trainers
+from records import conclude, parser, table
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import AttentionInterface, Qwen3Config, Qwen3ForCausalLM
+from transformers import AttentionInterface, Qwen3ForCausalLM
+from turns import WARM_UP, Course, Turn, alternate, beside, figures, largest_difference
+from workloads import Row, make_model, row
 
 from hf_sft.attention.backends import BACKENDS
 from hf_sft.attention.layout import Layout
 from hf_sft.collators import Batch, WeDLMCollator
 from hf_sft.models.head import HeadScorer
 from hf_sft.noise import MaskRule
+from hf_sft.products import fast_products
 
 VOCABULARY, CLEAN_TOKENS, DOCUMENTS, BLOCK = 32_000, 2048, 15, 32
+SEED = 42  # of Trainer's settings, by default
 COEFFICIENTS = torch.tensor([0.5, 0.5], dtype=torch.float64)  # next token, mask slot: ar_loss_weight 1
-# (faster by at least, at most this share of its peak memory), for ours against each baseline.
+# (faster by at least, at most this share of its peak memory), for SFTTrainer against each baseline.
 DEMANDED = {"sdpa": (2.5, 0.5), "reference": (5.0, 0.4)}
 ELISION_GAIN, COLLATING_SHARE = 1.15, 0.05
 
 
-def documents(tokens: int, count: int, prompt_share: float, vocabulary: int, seed: int) -> list[dict]:
+def documents(tokens: int, count: int, prompt_share: float, vocabulary: int, seed: int) -> list[Row]:
     """``count`` documents of uneven lengths with ``tokens`` tokens together; the last id of the vocabulary is the mask token."""
     rng = np.random.default_rng(seed)
     shares = rng.uniform(0.4, 1.6, count)
     ends = np.rint(np.cumsum(shares) / shares.sum() * tokens).astype(int)
-    rows = []
-    for length in np.diff(ends, prepend=0):
-        ids = rng.integers(0, vocabulary - 1, length)
-        rows.append({"input_ids": ids, "labels": np.where(np.arange(length) < round(prompt_share * length), -100, ids)})
-    return rows
-
-
-def make_model(vocabulary: int = VOCABULARY, width: int = 256, layers: int = 4) -> Qwen3ForCausalLM:
-    torch.manual_seed(0)
-    return Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=vocabulary, hidden_size=width, intermediate_size=3 * width, num_hidden_layers=layers,
-            num_attention_heads=8, num_key_value_heads=4, head_dim=width // 8, max_position_embeddings=4096,
-            tie_word_embeddings=True,
-        )
-    )  # fmt: skip
+    return [row(int(length), vocabulary - 1, rng, 1 - prompt_share) for length in np.diff(ends, prepend=0)]
 
 
 def row_weights(batch: Batch) -> Tensor:
@@ -77,11 +68,11 @@ def row_weights(batch: Batch) -> Tensor:
     return batch["target_weight"] * share.float()[batch["target_kind"]]
 
 
-# ---- four ways ----
+# ---- the loops ----
 
 
 class Ours:
-    """What SFTTrainer does in a step."""
+    """What SFTTrainer does with a batch."""
 
     def __init__(self, model: Qwen3ForCausalLM, elide: bool) -> None:
         self.model, self.elide, self.backend = model, elide, BACKENDS["segment"]
@@ -149,144 +140,139 @@ def written_out_attention(
     return torch.matmul(probabilities, value).transpose(1, 2).contiguous(), None
 
 
-WAYS: dict[str, Callable[[Qwen3ForCausalLM], Ours | Plain]] = {
-    "ours": lambda model: Ours(model, elide=True),
+LOOPS: dict[str, Callable[[Qwen3ForCausalLM], Ours | Plain]] = {
+    "limit": lambda model: Ours(model, elide=True),
     "unelided": lambda model: Ours(model, elide=False),
     "sdpa": lambda model: Plain(model, "sdpa"),
     "reference": lambda model: Plain(model, "written_out"),
+    "sdpa, same products": lambda model: Plain(model, "sdpa"),
 }
-
-
-class Stepper:
-    """One way with a model and an optimizer of its own."""
-
-    def __init__(self, name: str) -> None:
-        self.way = WAYS[name](make_model().train())
-        self.optimizer = torch.optim.AdamW(self.way.model.parameters(), lr=1e-5, weight_decay=0.0, fused=True)
-        self.seconds: list[float] = []
-        self.collating: list[float] = []
-        self.losses: list[float] = []
-
-    def step(self, rows: list[dict], number: int) -> None:
-        """One step on the masks that belong to step ``number``."""
-        collator = WeDLMCollator(VOCABULARY - 1, MaskRule(BLOCK), seed=number, elide=self.way.elide)
-        start = time.perf_counter()
-        batch = collator([rows])
-        self.collating.append(time.perf_counter() - start)
-        batch = self.way.prepare(batch)
-        start = time.perf_counter()
-        loss = self.way.loss(batch)
-        loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.seconds.append(time.perf_counter() - start)
-        self.losses.append(loss.item())
+FAST = ("limit", "unelided", "sdpa, same products")  # loops with the products of ours
 
 
 # ---- measurements ----
 
 
-def alternate(names: list[str], rounds: int, prompt_share: float) -> dict[str, Stepper]:
-    """``rounds`` steps of each way in turn, after one to warm up; all must have the same losses to 1e-5."""
-    steppers = {name: Stepper(name) for name in names}
-    for number in range(rounds + 1):
-        rows = documents(CLEAN_TOKENS, DOCUMENTS, prompt_share, VOCABULARY, seed=number)
-        for stepper in steppers.values():
-            stepper.step(rows, number)
-    ours = np.array(steppers["ours"].losses)
-    for name, stepper in steppers.items():
-        differs = np.abs(np.array(stepper.losses) / ours - 1).max()
-        assert differs <= 1e-5, f"the losses of {name} differ from ours by {differs:.1e}"
-        stepper.seconds, stepper.collating = stepper.seconds[1:], stepper.collating[1:]
-    return steppers
+def steps_of(turn: Turn, steps: int, name: str, packs: list[list[Row]]) -> list[float]:
+    """``steps`` steps of one loop, with a model and an optimizer of its own: those of ``trainers.settings``."""
+    way = LOOPS[name](trainers.make_model(VOCABULARY).train())
+    parameters = list(way.model.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=trainers.LEARNING_RATE, weight_decay=0.0, fused=True)
+    losses = []
+    with fast_products() if name in FAST else nullcontext():
+        for number in range(steps):
+            batch = way.prepare(collated(packs, number, way.elide))
+            turn.begin()
+            loss = way.loss(batch)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+            turn.end()
+    return losses
+
+
+def collated(packs: list[list[Row]], number: int, elide: bool = True) -> Batch:
+    """The batch that SFTTrainer makes of pack ``number``: its noise belongs to the places of documents in the data."""
+    first = sum(map(len, packs[:number]))
+    rows = [{**each, "document": first + place, "epoch": 0} for place, each in enumerate(packs[number])]
+    return WeDLMCollator(VOCABULARY - 1, MaskRule(BLOCK), seed=SEED, elide=elide)([rows])
+
+
+def packs_of(count: int, prompt_share: float) -> list[list[Row]]:
+    return [documents(CLEAN_TOKENS, DOCUMENTS, prompt_share, VOCABULARY, seed) for seed in range(count)]
+
+
+def compared(names: list[str], steps: int, prompt_share: float) -> dict[str, Course]:
+    """``steps`` steps of each way in turn; all must have the same losses."""
+    packs = packs_of(steps + WARM_UP, prompt_share)
+    ways: dict[str, Any] = {name: (steps_of, {"name": name, "packs": packs}) for name in names}
+    if "SFTTrainer" in ways:
+        how = {"packs": packs, "vocabulary": VOCABULARY - 1, "block_size": BLOCK}
+        ways["SFTTrainer"] = (trainers.wedlm, how)
+    found = alternate(ways, steps)
+    differs = largest_difference(found, names[0])
+    assert differs <= 1e-4, f"the losses differ by {differs:.1e}"
+    return found
 
 
 def largest_gradient_difference() -> float:
-    """All ways on a small model in float64: the largest difference to ours, as a share of each gradient's norm."""
+    """All loops on a small model in float64: the largest difference to the limit, as a share of each gradient's norm."""
     rows, gradients = documents(300, 4, 1 / 3, 512, seed=0), {}
-    for name, make in WAYS.items():
+    for name, make in LOOPS.items():
         way = make(make_model(512, width=64, layers=2).double())
         collator = WeDLMCollator(511, MaskRule(8), seed=0, elide=way.elide)
         way.loss(way.prepare(collator([rows]))).backward()
         gradients[name] = [parameter.grad for parameter in way.model.parameters()]
     worst = max(
         ((got - want).norm() / want.norm()).item()
-        for name in WAYS
-        for got, want in zip(gradients[name], gradients["ours"], strict=True)
+        for name in LOOPS
+        for got, want in zip(gradients[name], gradients["limit"], strict=True)
     )
     assert worst <= 1e-6, f"gradients differ by {worst:.1e}"  # row weights are float32
     return worst
 
 
-def own_peak(name: str, steps: int = 3) -> dict[str, float]:
-    """Peak resident memory of this process in MB, before and after ``steps`` steps of one way."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    stepper = Stepper(name)
-    for number in range(steps):
-        stepper.step(documents(CLEAN_TOKENS, DOCUMENTS, 1 / 3, VOCABULARY, seed=number), number)
-    return {"before": before, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+def collating_seconds(packs: list[list[Row]]) -> float:
+    seconds = []
+    for number in range(len(packs)):
+        start = time.perf_counter()
+        collated(packs, number)
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
 
 
-def peak_memory(name: str) -> dict[str, float]:
-    """``own_peak`` in a fresh process."""
-    command = [sys.executable, __file__, "--peak", name]
-    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
-
-
-def measure(rounds: int) -> dict[str, Any]:
+def measure(steps: int) -> dict[str, Any]:
     gradient_difference = largest_gradient_difference()
-    memory = {name: peak_memory(name) for name in ("ours", "sdpa", "reference")}
-    steppers = alternate(["ours", "sdpa", "reference"], rounds, 1 / 3)
-    halves = alternate(["ours", "unelided"], 2 * rounds, 1 / 2)
-    seconds = {name: statistics.median(stepper.seconds) for name, stepper in steppers.items()}
-    half_seconds = {name: statistics.median(stepper.seconds) for name, stepper in halves.items()}
-    collating = statistics.median(steppers["ours"].collating)
+    found = compared(["SFTTrainer", "limit", "sdpa", "sdpa, same products", "reference"], steps, 1 / 3)
+    halves = compared(["limit", "unelided"], steps, 1 / 2)
+    collating = collating_seconds(packs_of(steps, 1 / 3))
     return {
-        "rounds": rounds, "vocab_size": VOCABULARY, "clean_tokens": CLEAN_TOKENS, "documents": DOCUMENTS,
-        "block_size": BLOCK, "seconds": seconds, "peak_mb": memory,
-        "faster_than": {name: seconds[name] / seconds["ours"] for name in DEMANDED},
-        "share_of_peak": {name: memory["ours"]["peak"] / memory[name]["peak"] for name in DEMANDED},
-        "half_prompt_seconds": half_seconds, "elision_gain": half_seconds["unelided"] / half_seconds["ours"],
-        "collating_seconds": collating, "collating_share": collating / (collating + seconds["ours"]),
+        "steps": steps, "vocab_size": VOCABULARY, "clean_tokens": CLEAN_TOKENS, "documents": DOCUMENTS, "block_size": BLOCK,
+        **figures(found, "SFTTrainer"),
+        "half_prompt_seconds": {name: course.median for name, course in halves.items()},
+        "elision_gain": halves["unelided"].median / halves["limit"].median,
+        "collating_seconds": collating, "collating_share": collating / found["SFTTrainer"].median,
+        "largest_relative_loss_difference": largest_difference(found, "SFTTrainer"),
         "largest_gradient_difference": gradient_difference,
     }  # fmt: skip
 
 
-def report(results: dict[str, Any]) -> bool:
-    """Print the table; False if a demand is not met."""
-    print(f"{'':>10} {'s / step':>9} {'ours is faster':>15} {'peak MB':>8} {'ours needs':>11}")
-    for name, seconds in results["seconds"].items():
-        line = f"{name:>10} {seconds:>9.3f} {'':>15} {results['peak_mb'][name]['peak']:>8.0f}"
-        if name in DEMANDED:
-            faster, share = results["faster_than"][name], results["share_of_peak"][name]
-            line = (
-                f"{name:>10} {seconds:>9.3f} {faster:>14.2f}x {results['peak_mb'][name]['peak']:>8.0f} {share:>10.0%}"
-            )
-        print(line)
-    print(f"elision gains {results['elision_gain']:.2f}x on half-prompt data")
-    print(f"collating takes {results['collating_seconds'] * 1e3:.1f} ms, {results['collating_share']:.1%} of our step")
-    print(f"losses agree to 1e-5, gradients to {results['largest_gradient_difference']:.0e}")
-    met = [results["elision_gain"] >= ELISION_GAIN, results["collating_share"] < COLLATING_SHARE]
+def missed(results: dict[str, Any]) -> list[str]:
+    """What was demanded and is not met."""
+    found = []
     for name, (faster, share) in DEMANDED.items():
-        met += [results["faster_than"][name] >= faster, results["share_of_peak"][name] <= share]
-    return all(met)
+        if results["faster_than"][name] < faster or results["share_of_peak"][name] > share:
+            found.append(name)
+    if results["elision_gain"] < ELISION_GAIN:
+        found.append("the gain of elision")
+    if results["collating_share"] >= COLLATING_SHARE:
+        found.append("the share of collating")
+    return found
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The table of a record."""
+    body = []
+    for name, seconds in results["seconds"].items():
+        rate = results["clean_tokens"] / seconds
+        body.append(
+            [name, f"{seconds:.3f}", f"{rate:,.0f}", f"{results['peak_mb'][name]:,.0f}", *beside(results, name)]
+        )
+    return table(["", "s / step", "clean tokens / s", "peak MB", "ours is faster", "ours needs"], body)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--record", action="store_true", help="write benchmarks/records/wedlm_step.json")
-    parser.add_argument("--peak", choices=list(WAYS), help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.peak:
-        print(json.dumps(own_peak(options.peak)))
-        return
-    results = measure(options.rounds)
-    met = report(results)
-    if options.record:
-        print(f"record: {write_record('wedlm_step', results)}")
-    if not met:
-        sys.exit("a demand is not met")
+    options = parser(__doc__, "wedlm_step", steps=9).parse_args()
+    results = {"note": options.note, **measure(options.steps)}
+    results["missed"] = missed(results)
+    print(markdown(results))
+    print(f"elision gains {results['elision_gain']:.2f} times on half-prompt data")
+    print(f"collating takes {results['collating_seconds'] * 1e3:.1f} ms, {results['collating_share']:.1%} of our step")
+    differences = (results[f"largest_{what}_difference"] for what in ("relative_loss", "gradient"))
+    print("losses differ by {:.0e}, gradients by {:.0e}".format(*differences))
+    conclude("wedlm_step", results, options.output)
 
 
 if __name__ == "__main__":

@@ -49,7 +49,12 @@ class ModelArguments:
     attention_backend: Literal["auto", "dense", "segment", "flash", "flex", "magi"] = arg(
         "auto",
         "How packed documents are kept apart. auto measures which backend is right for the model and says so. magi needs "
-        "MagiAttention, flex trains on CUDA alone, flash is not available in this version.",
+        "MagiAttention; flash (objective causal, bf16 or fp16) and flex train on CUDA alone.",
+    )
+    activation_checkpointing_policy: Literal["full", "attention", "products"] = arg(
+        "full",
+        "What activation_checkpointing computes again: the full layer; all but the outputs of attention kernels; all but those "
+        "and the outputs of matrix products (faster, more memory).",
     )
     new_special_tokens: list[str] = arg([], "Special tokens to add to the tokenizer; their rows are trained.")
     freeze: list[str] = arg(

@@ -17,9 +17,6 @@ from hf_sft.conversion import choices, convert, describe, takes
 from hf_sft.sources import read_sources
 from hf_sft.text_checks import check_cutting
 
-LATER = {  # what the names of the interface promise and this version does not have yet
-    "attention_backend": ("auto", "dense", "segment", "flex", "magi"),
-}
 FLASH_REFUSED = (
     "attention_backend is flash and objective is wedlm: flash kernels know whole causal documents by their lengths alone, and "
     "cannot be told which block of the noisy stream sees what; choose auto, segment, dense, flex or magi"
@@ -306,21 +303,49 @@ def _check_reference(dpo: DPOArguments, given: set[str], train_mode: str | None)
         yield "dpo_reference is adapter_off and train_mode is full, which has no adapter: choose model or precomputed"
 
 
-def check_later(arguments: Mapping[str, Any]) -> Iterator[str]:
-    for name, available in LATER.items():
-        if arguments[name] not in available:
-            if name == "attention_backend" and arguments["objective"] == "wedlm":
-                continue  # check_wedlm has the reason
-            choice = " or ".join(available)
-            yield f"{name} is {arguments[name]}, which is not available in this version; choose {choice}"
-
-
 def evaluation_wanted(training: Any, given: set[str]) -> list[str]:
     """The settings that make no sense without evaluation data, in words."""
     wants = [f"eval_strategy is {_plain(training.eval_strategy)}"] if _plain(training.eval_strategy) != "no" else []
     wants += ["save_strategy is best"] if _plain(training.save_strategy) == "best" else []
     wants += [f"{name} is true" for name in ("eval_on_start", "load_best_model_at_end") if getattr(training, name)]
     return wants + (["do_eval is true"] if training.do_eval and "do_eval" in given else [])
+
+
+_POLICIES = ("full", "attention", "products")
+
+
+def checkpointing_problems(policy: str, training: Any) -> Iterator[str]:
+    """Why ``activation_checkpointing_policy`` cannot be honoured; ``training`` has the fields of TrainingArguments."""
+    if policy not in _POLICIES:
+        yield f"activation_checkpointing_policy is {policy!r}: choose {', '.join(_POLICIES)}"
+    if policy not in _POLICIES[1:]:
+        return
+    said = f"activation_checkpointing_policy is {policy}"
+    on, settings = (
+        getattr(training, f"activation_{name}", None) or getattr(training, f"gradient_{name}", None)
+        for name in ("checkpointing", "checkpointing_kwargs")
+    )
+    config = getattr(training, "fsdp_config", None)
+    if isinstance(config, Mapping) and _is_true(config.get("activation_checkpointing")):
+        yield (
+            f"{said}, and fsdp_config asks for FSDP's own activation checkpointing, which computes everything again: set "
+            "activation_checkpointing to true beside fsdp_config instead, or leave the policy out"
+        )
+    elif not on:
+        yield f"{said} and activation_checkpointing is not true: set it, or leave the policy out"
+    if isinstance(settings, Mapping) and _is_true(settings.get("use_reentrant")):
+        yield (
+            f"{said} and activation_checkpointing_kwargs has use_reentrant true, which keeps a layer's input alone: set it to "
+            "false, or leave the policy out"
+        )
+    if getattr(training, "torch_compile", False):
+        yield (
+            f"{said} and torch_compile is true: policies do not see products inside of what is compiled; leave one of them out"
+        )
+
+
+def _is_true(value: Any) -> bool:
+    return str(value).lower() in ("true", "1", "yes")
 
 
 def check_training(training: Any, data: DataArguments, given: set[str]) -> Iterator[str]:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from hf_sft import __version__
 from hf_sft.help import print_help, print_requested_help
+from hf_sft.imports import take_process
 
 COMMANDS = {
     "train": "Fine-tune a model: arguments, data, training, checkpoint.",
@@ -94,6 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def script(prefix: Sequence[str] = ()) -> None:
     """``main`` as the process: its exit code, and no noise when a reader such as ``head`` has gone."""
+    take_process()
     try:
         code = main([*prefix, *sys.argv[1:]])
         sys.stdout.flush()

@@ -16,6 +16,7 @@ Shapes: T packed tokens, B padded documents of up to L tokens, R scored rows, D 
 | target_doc      | [R] int64         | [R] int64               | document of each row                                 |
 | num_items       | [K] float64       | [2] float64             | this micro-batch's share of N, per kind              |
 | num_tokens      | int               | int                     | tokens of documents, padding not counted             |
+| tile_lists      | dict of int32     | -                       | layout: what a backend had made of it (`HostParts`)  |
 | doc_origins     | list of D tuples  | list of B tuples        | on the host: where each document is from (`origins`) |
 """
 
@@ -38,7 +39,8 @@ from hf_sft.streams import group_blocks, noisy_stream
 # What the Trainer reads itself; everything else in a batch goes to the model.
 CONTRACT_KEYS = frozenset(
     ["doc_ids", "doc_lengths", "logits_to_keep", "target_ids", "target_weight", "target_kind", "target_doc"]
-    + ["num_items", "num_tokens", "block_ids", "limits", "doc_pieces", "doc_origins", "pair_numbers", "reference_logps"]
+    + ["num_items", "num_tokens", "block_ids", "limits", "doc_pieces", "tile_lists", "doc_origins"]
+    + ["pair_numbers", "reference_logps"]
 )
 Batch = dict[str, Any]
 
@@ -84,6 +86,23 @@ class CausalCollator:
         if self.return_4d_mask:
             batch["attention_mask"] = Layout.from_batch(batch).allowed()[None, None]
         return batch
+
+
+@dataclass
+class HostParts:
+    """A collator of packed rows, and what a backend wants made of their layout where batches are made: in the loader's workers.
+
+    Args:
+        collator: makes packed batches.
+        host_part: from a layout to keys of the batch that ``Layout.from_batch`` reads (``attention.protocol.Backend.host_part``).
+    """
+
+    collator: Callable[[Any], Batch]
+    host_part: Callable[[Layout], Batch]
+
+    def __call__(self, bins: Any) -> Batch:
+        batch = self.collator(bins)
+        return batch | self.host_part(Layout.from_batch(batch))
 
 
 @dataclass

@@ -11,12 +11,12 @@ from importlib.util import find_spec
 from io import BytesIO
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
-from hf_sft.attention.layout import Layout, draw
+if TYPE_CHECKING:
+    from hf_sft.attention.layout import Layout
 
 # Classes of a pair (query, key), and the colour of each.
 HIDDEN, CLEAN_TO_CLEAN, NOISY_TO_CLEAN, IN_BLOCK = range(4)
@@ -72,6 +72,8 @@ def mask_panel(batch: Mapping[str, Any], name: Callable[[int], str], title: str)
         name: the text of a token id. A label is the position and that text; of a mask slot, what it must predict.
         title: what the batch is; its tokens and pairs are counted behind it.
     """
+    from hf_sft.attention.layout import Layout
+
     layout = Layout.from_batch(batch)
     ids, rows = batch["input_ids"][0].numpy().copy(), batch["logits_to_keep"].numpy()
     slots = rows[batch["target_kind"].numpy() == 1]
@@ -247,6 +249,10 @@ def token_text(text: str, most: int = 14) -> str:
 
 def text_picture(panel: MaskPanel) -> str:
     """The o/x picture of a mask with its labels: one line per query."""
+    import torch
+
+    from hf_sft.attention.layout import draw
+
     width = max(map(len, panel.labels))
     lines = draw(torch.from_numpy(panel.classes != HIDDEN)).splitlines()
     return "\n".join(

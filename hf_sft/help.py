@@ -12,6 +12,7 @@ from typing import Any, get_type_hints
 
 from hf_sft.arguments import GROUPS
 from hf_sft.conversion import choices, members, takes
+from hf_sft.imports import importing
 
 _USAGE = """\
 usage: {prog} [FILE | --train_args_file FILE] [--key value ...]
@@ -49,7 +50,8 @@ def print_help(prog: str, all: bool = False) -> None:
     if not all:
         print(_MORE)
         return
-    from hf_sft.training_arguments import FIELD_RULES, TrainingArguments
+    with importing():
+        from hf_sft.training_arguments import FIELD_RULES, TrainingArguments
 
     refused = {name: rule.why for name, rule in FIELD_RULES.items() if rule is not None}
     print("Hugging Face: every field of transformers.TrainingArguments, honoured or refused.")

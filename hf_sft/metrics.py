@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from statistics import median
 from typing import Any
 
 import torch
@@ -13,8 +12,6 @@ from torch import Tensor
 
 from hf_sft.losses import RowScores
 
-LINES = 20  # of the log, that a loss is compared with
-_RATIO, _RISE = 3.0, 1.0  # a jump is above so many times their median, and so many nats above it
 _FIELDS = ("weighted_nll", "nll", "correct", "rows", "items")
 
 
@@ -211,12 +208,3 @@ class PairSums(_Sums):
         *values, router, batches, tokens = state.tolist()
         named = dict(zip(PairSums.names, values, strict=True))
         return PairTotals(**named, tokens=tokens, router_loss=_router_mean(router, batches))
-
-
-def jumped(loss: float, earlier: Sequence[float]) -> float | None:
-    """The median of the ``earlier`` losses (the last ``LINES`` of the log) if ``loss`` is above all of them, above 3 times that
-    median and more than 1 above it; else None."""
-    if not earlier:
-        return None
-    middle = median(earlier)
-    return middle if loss > max(*earlier, _RATIO * middle, middle + _RISE) else None

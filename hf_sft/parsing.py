@@ -33,6 +33,7 @@ from hf_sft.arguments import (
 )
 from hf_sft.conversion import convert, show, takes
 from hf_sft.engines import engine_settings
+from hf_sft.imports import importing
 from hf_sft.launchers import from_launcher
 from hf_sft.legacy import ENVIRONMENT, LEGACY, MODE_FLAGS, take_environment, translate
 
@@ -272,7 +273,7 @@ def build_arguments(
     from hf_sft.training_arguments import TrainingArguments, refusals
 
     environment = take_environment(values, problems)
-    typed, failed = _typed(values, hints, limits)
+    typed, failed = typed_values(values, hints, limits)
     launched, launch_notes, launch_problems = from_launcher(typed)
     typed |= launched
     notes += launch_notes
@@ -317,7 +318,6 @@ def check_arguments(arguments: Arguments, given: set[str]) -> list[str]:
     """
     model, data, lora, training = arguments.model, arguments.data, arguments.lora, arguments.training
     problems = [
-        *checks.check_later({**vars(model), **vars(data)}),
         *checks.check_model(model, given),
         *checks.check_lora(lora, model.train_mode, given),
         *checks.check_data(data, training),
@@ -326,6 +326,7 @@ def check_arguments(arguments: Arguments, given: set[str]) -> list[str]:
         *checks.check_dpo(arguments.dpo, data, given, model.train_mode),
         *checks.check_engine(arguments.engine, training, given),
         *checks.check_training(training, data, given),
+        *checks.checkpointing_problems(model.activation_checkpointing_policy, training),
         *evaluation_checks.check_metric(training, data, arguments.evaluation),
         *evaluation_checks.check_evaluation(
             arguments.evaluation, data, training, given, evaluated=checks.has_evaluation(data)
@@ -353,7 +354,8 @@ def _sharding(arguments: Arguments) -> str | None:
 
 def field_hints() -> tuple[dict[str, Any], dict[str, Sequence[Any]]]:
     """For every field: its type, and the values it is limited to where its metadata says so."""
-    from hf_sft.training_arguments import TrainingArguments
+    with importing():
+        from hf_sft.training_arguments import TrainingArguments
 
     hints: dict[str, Any] = {}
     limits: dict[str, Sequence[Any]] = {}
@@ -366,7 +368,7 @@ def field_hints() -> tuple[dict[str, Any], dict[str, Sequence[Any]]]:
     return hints | HINT_OVERRIDES, limits
 
 
-def _typed(
+def typed_values(
     values: Mapping[str, Any], hints: Mapping[str, Any], limits: Mapping[str, Sequence[Any]]
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Values of the right type, and key -> sentence for those that cannot be."""
@@ -391,7 +393,7 @@ def type_problems(
     values: Mapping[str, Any], hints: Mapping[str, Any], limits: Mapping[str, Sequence[Any]]
 ) -> list[str]:
     """A sentence for each value that is no argument, or has not its type."""
-    return list(_typed(values, hints, limits)[1].values())
+    return list(typed_values(values, hints, limits)[1].values())
 
 
 def nearest(key: str, known: Iterable[str]) -> str:

@@ -139,6 +139,7 @@ def build_trainer(
         data_args=arguments.data,
         attention_backend=arguments.model.attention_backend,
         router_aux_loss_coef=arguments.model.router_aux_loss_coef,
+        activation_checkpointing_policy=arguments.model.activation_checkpointing_policy,
         freeze=arguments.model.freeze,
         thaw_at_step=arguments.model.thaw_at_step,
         evaluation_args=arguments.evaluation,

@@ -54,10 +54,9 @@ _HONOURED = """
     dataloader_prefetch_factor
     deepspeed fsdp fsdp_config
     ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout
+    torch_compile use_liger_kernel liger_kernel_config
 """.split()
 
-_COMPILED = "compiled steps are not tested with packed batches in this version; leave it unset"
-_LIGER = "it replaces the loss and the layers' forwards, which this trainer checks and scores itself; leave it unset"
 _FULL_EVAL = (
     "it casts the weights in place, and training would go on with the rounded ones; "
     "use bf16 or fp16, whose autocast covers evaluation too"
@@ -70,14 +69,17 @@ _REFUSED = {
         ("random", "sequential"),
     ),
     "length_column_name": Refused("lengths are counted from the tokens; leave it unset", ("length",)),
-    "use_liger_kernel": Refused(_LIGER, _OFF),
-    "liger_kernel_config": Refused(_LIGER),
     "auto_find_batch_size": Refused(
         "the batch would change in mid-run; lower per_device_train_batch_size or max_seq_length instead", _OFF
     ),
-    "torch_compile": Refused(_COMPILED, _OFF),
-    "torch_compile_backend": Refused(_COMPILED),
-    "torch_compile_mode": Refused(_COMPILED),
+    "torch_compile_backend": Refused(
+        "rows differ in length, which others cannot take; use inductor (aot_eager and eager to look for errors)",
+        (None, "inductor", "aot_eager", "eager"),
+    ),
+    "torch_compile_mode": Refused(
+        "CUDA graphs want rows of one length; use default or max-autotune-no-cudagraphs",
+        (None, "default", "max-autotune-no-cudagraphs"),
+    ),
     "dataloader_multiprocessing_context": Refused(
         "loader processes are started in the platform's own way; leave it unset"
     ),
@@ -199,10 +201,19 @@ class TrainingArguments(_Parent):
         for note in notes:
             logger.info(note)
         enter_process_group(self)
+        compiled = self._without_compilation()
         super().__post_init__()
+        self.torch_compile, self.torch_compile_backend, self.torch_compile_mode = compiled
         accelerator: Any = self.accelerator_config
         if accelerator.dispatch_batches is None:
             accelerator.dispatch_batches = False  # else Accelerate cuts [1, T] where the data is iterable
+
+    def _without_compilation(self) -> tuple[bool, str | None, str | None]:
+        """What is asked of torch.compile, put aside: the parent would round float32 products to TF32 for it, unasked."""
+        backend, mode = self.torch_compile_backend, self.torch_compile_mode
+        asked = bool(self.torch_compile or backend or mode)
+        self.torch_compile, self.torch_compile_backend, self.torch_compile_mode = False, None, None
+        return asked, (backend or "inductor") if asked else None, mode
 
 
 def smaller_is_better(metric: str | None) -> bool:
@@ -219,6 +230,7 @@ def refusals(values: Mapping[str, Any], packing: bool) -> dict[str, str]:
             found[name] = f"{name} is {values[name]!r}: {rule.why}"
     if values.get("fp16") and (values.get("use_cpu") or not torch.accelerator.is_available()):
         found["fp16"] = _FP16.format(cpu=" in use (use_cpu is true)" if values.get("use_cpu") else "")
+    found.update(kernel_refusals(values))
     strategy = getattr(values.get("hub_strategy"), "value", values.get("hub_strategy", "end"))
     if values.get("push_to_hub") and strategy != "end":
         found["hub_strategy"] = _UPLOADS.format(value=strategy)
@@ -232,6 +244,30 @@ def refusals(values: Mapping[str, Any], packing: bool) -> dict[str, str]:
             if not rule.allows(value, packing):
                 found[f"accelerator_config.{name}"] = f"accelerator_config.{name} is {value!r}: {rule.why}"
     return found
+
+
+def kernel_refusals(values: Mapping[str, Any], *, anywhere: bool = False) -> Iterator[tuple[str, str]]:
+    """(field, sentence) for settings of torch.compile and Liger that do not go together, or not on this machine.
+
+    Args:
+        anywhere: whatever this machine has.
+    """
+    config = values.get("liger_kernel_config")
+    losses = ("cross_entropy", "fused_linear_cross_entropy")
+    if isinstance(config, Mapping) and (asked := [name for name in losses if config.get(name)]):
+        sentence = (
+            "this trainer scores rows in chunks itself, with the weights of its objectives; leave it out (Liger's layers are "
+            "used all the same)"
+        )
+        yield "liger_kernel_config", f"liger_kernel_config asks for {' and '.join(asked)}: {sentence}"
+    if not values.get("use_liger_kernel"):
+        if config:
+            yield "liger_kernel_config", "liger_kernel_config is set: it needs use_liger_kernel true"
+    elif not anywhere and (values.get("use_cpu") or not torch.accelerator.is_available()):
+        sentence = "its kernels are written in Triton, which needs a GPU; leave it out"
+        yield "use_liger_kernel", f"use_liger_kernel is true without a GPU in use: {sentence}"
+    elif any(values.get(f"torch_compile{part}") for part in ("", "_backend", "_mode")):
+        yield "use_liger_kernel", "use_liger_kernel and torch_compile are for the same parts of the layers: choose one"
 
 
 def problems(training_args: transformers.TrainingArguments, packing: bool) -> list[str]:

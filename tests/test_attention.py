@@ -200,8 +200,8 @@ def test_packing_a_recurrent_model_by_name_is_an_error(ask: dict) -> None:
 def test_contradictions_and_unknown_backends_are_errors() -> None:
     with pytest.raises(ValueError, match="leave out one"):
         choose_layout(tiny.tiny_model(), "segment", packing=False)
-    with pytest.raises(ValueError, match="choose auto or one of dense, segment"):
-        choose_layout(tiny.tiny_model(), "flash")
+    with pytest.raises(ValueError, match="choose auto or one of dense, segment, flash, flex, magi"):
+        choose_layout(tiny.tiny_model(), "ring")
 
 
 def test_generation_works_on_a_model_prepared_for_segments() -> None:

@@ -11,6 +11,7 @@ import select
 import signal
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ import torch
 from runs import ROOT
 
 from hf_sft.answering import Answerer
-from hf_sft.commands.chat import main
+from hf_sft.commands.chat import _interrupts, main
 from hf_sft.data.formats import to_conversation
 from hf_sft.decoding.texts import StreamedText
 from hf_sft.models.inference import load_for_inference
@@ -349,3 +350,13 @@ def test_bytes_that_are_no_text_are_refused() -> None:
     with pytest.raises(ValueError, match="the message is not valid UTF-8"):
         chat._answer(b"caf\xe9".decode("utf-8", "surrogateescape"))
     assert chat.turns == []
+
+
+def test_ctrl_c_is_remembered_where_its_exception_is_swallowed() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with _interrupts() as asked:
+        assert not asked
+        with suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        assert asked
+    assert signal.getsignal(signal.SIGINT) is before

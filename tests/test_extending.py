@@ -68,7 +68,6 @@ def test_the_files_that_are_named_are_there():
         ("hf_sft/data/templates.py", "_NEEDED_TOKENS"),
         ("hf_sft/sources.py", "FIELDS"),
         ("hf_sft/attention/backends.py", "_ELSEWHERE"),
-        ("hf_sft/checks.py", "LATER"),
         ("hf_sft/objectives.py", "build_objective"),
         ("tests/tiny.py", "FAMILIES"),
         ("tests/test_tree.py", "FLOORS"),

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import pickle
 import shutil
 
 import numpy as np
 import pytest
 import tiny
 import torch
-from layouts import KINDS, brute_force, edge_lengths, packed, tokens
+from layouts import KINDS, brute_force, edge_lengths, noisy_collator, packed, token_rows, tokens
 from torch._dynamo.testing import CompileCounter
-from torch.nn.attention.flex_attention import flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from hf_sft import DataArguments, SFTTrainer, TrainingArguments
 from hf_sft.attention import flex
 from hf_sft.attention.backends import backend_named
 from hf_sft.attention.layout import Layout
-from hf_sft.attention.selfcheck import check_backend
-from hf_sft.attention.tiles import TILE, padded_length, tile_table
+from hf_sft.attention.selfcheck import Choice, check_backend
+from hf_sft.attention.tiles import TILE, padded_length, tile_lists, tile_table
+from hf_sft.collators import CausalCollator, HostParts
+from hf_sft.data.bins import BinLoader
 
 FLEX = backend_named("flex")
 # The unfused kernel says that it is slow; that is known.
@@ -107,7 +111,7 @@ def test_rows_are_padded_to_few_lengths() -> None:
 @pytest.mark.parametrize("family, kinds", [("llama", 1), ("mistral", 1), ("gemma2", 2)])
 def test_tiles_are_listed_once_per_micro_batch_and_kind_of_layer(family: str, kinds: int, monkeypatch) -> None:
     made = []
-    monkeypatch.setattr(flex, "tile_table", lambda *args: made.append(args) or tile_table(*args))
+    monkeypatch.setattr(flex, "tile_lists", lambda *args: made.append(args) or tile_lists(*args))
     model, batch = tiny.tiny_model(family), packed("elided", [9, 4], 4)
     FLEX.install(model)
     inputs = FLEX.inputs(model, Layout.from_batch(batch))
@@ -115,6 +119,59 @@ def test_tiles_are_listed_once_per_micro_batch_and_kind_of_layer(family: str, ki
     with torch.no_grad():
         model(batch["input_ids"], position_ids=batch["position_ids"], use_cache=False, **inputs)
     assert len(made) == kinds
+
+
+def made_by_workers(model, kind: str, lengths: list[int], seed: int = 0) -> dict:
+    """The batch as a loader's worker makes it."""
+    collator = CausalCollator() if kind == "causal" else noisy_collator(kind, 8, seed)
+    return HostParts(collator, FLEX.host_part(model))([token_rows(lengths, seed)])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_lists_of_workers_give_the_same_masks(kind: str, monkeypatch) -> None:
+    model = tiny.tiny_model("gemma2")
+    batch, own = made_by_workers(model, kind, LONG), packed(kind, LONG, 8)
+    assert set(batch["tile_lists"]) == {None, 7} and "tile_lists" not in own
+    batch = pickle.loads(pickle.dumps(batch))
+    for window in (None, 7):
+        want = flex.block_mask(Layout.from_batch(own), window)
+        with monkeypatch.context() as patch:
+            patch.setattr(flex, "tile_lists", None)  # made already
+            got = flex.block_mask(Layout.from_batch(batch), window)
+        assert torch.equal(got.to_dense(), want.to_dense()) and got.shape == want.shape
+        # The lists for the backward pass are those that torch transposes from the others.
+        listed = BlockMask.from_kv_blocks(
+            got.kv_num_blocks, got.kv_indices, got.full_kv_num_blocks, got.full_kv_indices, seq_lengths=got.seq_lengths
+        )
+        for name in ("q", "full_q"):
+            counts, tiles = (getattr(got, f"{name}_{part}") for part in ("num_blocks", "indices"))
+            assert counts.is_contiguous() and tiles.is_contiguous() and tiles.dtype == counts.dtype == torch.int32
+            assert torch.equal(counts, getattr(listed, f"{name}_num_blocks"))
+            for key, count in enumerate(counts[0, 0].tolist()):
+                assert torch.equal(tiles[0, 0, key, :count], getattr(listed, f"{name}_indices")[0, 0, key, :count])
+
+
+def test_a_model_runs_on_the_lists_of_workers() -> None:
+    model = sharp_model("mistral")
+    want = logits_of(model, "flex", packed("elided", [1, 23, 6, 90], 8))
+    assert torch.equal(logits_of(model, "flex", made_by_workers(model, "elided", [1, 23, 6, 90])), want)
+
+
+def test_a_trainer_has_them_made_by_its_workers(tmp_path) -> None:
+    model = tiny.tiny_model("mistral")
+    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, dataloader_num_workers=2)
+    trainer = SFTTrainer(model, args, train_dataset=tiny.conversations(8), processing_class=tiny.tiny_tokenizer(),
+                         data_args=DataArguments(max_seq_length=128))  # fmt: skip
+    assert not any("tile_lists" in batch for batch in trainer.get_train_dataloader()), (
+        "other backends do not pay for it"
+    )
+    trainer.layout = Choice(FLEX, "a CPU does not train with it")
+    trainer._read_model(model, trainer.processing_class, args)
+    batches = [trainer._prepare_inputs(batch) for batch in trainer.get_train_dataloader()]
+    assert batches and isinstance(trainer.get_train_dataloader(), BinLoader)
+    for batch in batches:
+        assert torch.equal(batch["tile_lists"][7], tile_lists(Layout.from_batch(batch), 7))
+        assert "tile_lists" not in trainer._model_inputs(batch)
 
 
 def logits_of(model, name: str, batch) -> torch.Tensor:

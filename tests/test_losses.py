@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from hf_sft import losses
 from hf_sft.losses import LogitTransform, ReplacedRows, score_logits, score_rows
 
 TRANSFORMS = {
@@ -118,3 +119,17 @@ def test_replaced_rows_are_those_of_a_head_with_these_rows(chunk) -> None:
     torch.testing.assert_close(got.nll, want.detach(), rtol=1e-12, atol=0)
     for ours, theirs in zip(tensors, plain, strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    "vocabulary, trained, rows",
+    [(32_000, True, 524), (32_000, False, 524), (151_680, True, 256), (151_680, False, 110)],
+)
+def test_chunks_have_few_bytes_but_not_few_rows_where_the_weight_is_trained(
+    vocabulary, trained, rows, monkeypatch
+) -> None:
+    seen, rows_of_a_chunk = [], losses._rows_of_a_chunk
+    monkeypatch.setattr(losses, "_rows_of_a_chunk", lambda *how: seen.append(rows_of_a_chunk(*how)) or 1000)
+    weight = torch.zeros(vocabulary, 1, requires_grad=trained)
+    score_rows(torch.zeros(2, 1), weight, None, torch.zeros(2, dtype=torch.int64), torch.ones(2))
+    assert seen == [rows]

@@ -33,10 +33,8 @@ def test_held_out_people_are_new_and_answers_complete(tmp_path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_the_example_keeps_its_promise(tmp_path) -> None:
-    """2.5 tokens per pass within 2 points of accuracy; with verify more than 1.5, exactly as one by one. Two of the example's
-    three epochs are enough for that."""
+    """2.5 tokens per pass within 2 points of accuracy; with verify more than 1.5, exactly as one by one. After two of the
+    example's three epochs that is a matter of luck: 100 % or 93.5 % at 3.6 tokens per pass, by the rounding of a machine."""
     environment = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(runs.ROOT)}
-    process = subprocess.run(
-        [EXAMPLE / "run", tmp_path / "out", "--num_train_epochs", "2"], capture_output=True, text=True, env=environment
-    )
+    process = subprocess.run([EXAMPLE / "run", tmp_path / "out"], capture_output=True, text=True, env=environment)
     assert process.returncode == 0, process.stdout + process.stderr[-3000:]

@@ -34,6 +34,9 @@ class Dense:
         mask = masks if len(masks) > 1 else next(iter(masks.values()))
         return {"attention_mask": mask, **no_router_loss(model)}
 
+    def host_part(self, model: PreTrainedModel) -> None:
+        return None
+
 
 def as_mask(allowed: Tensor, additive: bool, dtype: torch.dtype) -> Tensor:
     """[..., Q, K] bool to a 4-D mask, [1, 1, Q, K] where two dimensions are given, which keys each query sees.

@@ -3,7 +3,8 @@
 Shapes: T tokens of the packed row, padded to n tiles of 128; H query heads, K key-value heads, E head width.
 
 FlexAttention (arXiv 2412.05496) runs one fused kernel over the listed tiles, and evaluates the rule inside the partial ones from
-the layout's integers on the device. The lists are made once per micro-batch and kind of layer. Rows are padded to few lengths
+the layout's integers on the device. The lists are made once per micro-batch and kind of layer, by the loader's workers where
+there are any (``Flex.host_part``), and those that the backward pass walks with them. Rows are padded to few lengths
 (``tiles.padded_length``), because a kernel is compiled for each; padding sees itself and is cut off again. On CUDA the function
 is compiled; on a CPU it runs unfused, and forward only.
 """
@@ -14,69 +15,51 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._dynamo import config as compiler_config
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
 from hf_sft.attention.layout import Layout
-from hf_sft.attention.protocol import LAYOUT_KEY, Routed, common_dtype, layer_windows, refuse_dropout
-from hf_sft.attention.segment import segment_attention
-from hf_sft.attention.tiles import TILE, padded_length, tile_table
+from hf_sft.attention.protocol import Routed, Rules, common_dtype, layer_windows, refuse_dropout, refuse_sinks, sent_to
+from hf_sft.attention.segment import with_layout
+from hf_sft.attention.tiles import TILE, TileLists, padded_length, tile_lists
 
 # Compilations for which room is asked: four lengths per doubling, with and without window, with and without gradients.
 _MOST_COMPILATIONS = 64
 
 
-def flex_layout_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """Attention over a packed row; arguments and result as for ``segment_attention``.
+@with_layout
+def flex_layout_attention(query: Tensor, key: Tensor, value: Tensor, layout: Layout, rules: Rules) -> Tensor:
+    """Attention over a packed row.
 
     Raises:
         ValueError: gradients asked for on a CPU, attention dropout, attention sinks.
     """
-    layout: Layout | None = kwargs.get(LAYOUT_KEY)
-    if layout is None:
-        return segment_attention(
-            module, query, key, value, attention_mask, scaling, dropout, sliding_window, softcap, s_aux
-        )
-    refuse_dropout("flex", dropout)
-    if s_aux is not None:
-        raise ValueError("the flex backend has no attention sinks: choose attention_backend segment or dense")
+    refuse_dropout("flex", rules.dropout)
+    refuse_sinks("flex", rules)
     if query.device.type == "cpu" and torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
         raise ValueError(
             "FlexAttention has no backward pass on a CPU: train with attention_backend segment or dense there; "
             "flex trains on CUDA"
         )
     length = query.shape[2]
-    mask = block_mask(layout, sliding_window)
-    rows = (0, 0, 0, mask.shape[-1] - length)
-    query, key, value = (pad(x, rows) for x in common_dtype(query, key, value))
+    mask = block_mask(layout, rules.sliding_window)
+    padding = (0, 0, 0, mask.shape[-1] - length)
+    query, key, value = (pad(x, padding) for x in common_dtype(query, key, value))
     with compiler_config.patch(recompile_limit=_MOST_COMPILATIONS):
         output = _kernel(query.device.type)(
             query,
             key,
             value,
-            score_mod=_soft_cap(softcap),
+            score_mod=_soft_cap(rules.softcap),
             block_mask=mask,
-            scale=scaling,
+            scale=rules.scaling,
             enable_gqa=query.shape[1] != key.shape[1],
         )
-    return output[:, :, :length].transpose(1, 2).contiguous(), None
+    return output[:, :, :length].transpose(1, 2).contiguous()
 
 
 class Flex(Routed):
@@ -94,6 +77,9 @@ class Flex(Routed):
             block_mask(layout, window)  # the lists go to the device before the first layer asks for them
         return super().inputs(model, layout)
 
+    def host_part(self, model: PreTrainedModel) -> TileLists:
+        return TileLists(tuple(dict.fromkeys(layer_windows(model.config).values())))
+
 
 def block_mask(layout: Layout, window: int | None = None) -> BlockMask:
     """The mask of one kind of layer, [1, 1, padded, padded]; made once per layout."""
@@ -101,27 +87,18 @@ def block_mask(layout: Layout, window: int | None = None) -> BlockMask:
 
 
 def _block_mask(layout: Layout, window: int | None) -> BlockMask:
-    padded = padded_length(sum(layout.doc_lengths))
-    table = tile_table(layout, padded, window)
-    partial_counts, partial_tiles = _lists(table.partial, layout.doc.device)
-    full_counts, full_tiles = _lists(table.full, layout.doc.device)
-    # The lists of query tiles per key tile, which the backward pass walks, are transposed from these by torch.
-    return BlockMask.from_kv_blocks(
-        partial_counts,
-        partial_tiles,
-        full_counts,
-        full_tiles,
-        BLOCK_SIZE=TILE,
-        mask_mod=_mask_mod(layout, padded, window),
-        seq_lengths=(padded, padded),
-    )
+    padded, device = padded_length(sum(layout.doc_lengths)), layout.doc.device
+    made = (layout.tiles or {}).get(window)
+    lists = sent_to(tile_lists(layout, window) if made is None else made, device)
+    counts, tiles = lists[:, None, None, :, 0], lists[:, None, None, :, 1:]
+    partial, full, partial_of_keys, full_of_keys = ((_own(counts[i]), _own(tiles[i])) for i in range(4))
+    rule = _mask_mod(layout, padded, window)
+    return BlockMask((padded, padded), *partial, *full, *partial_of_keys, *full_of_keys, (TILE, TILE), rule)
 
 
-def _lists(tiles: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
-    """[n, n] bool to the number [1, 1, n] of key tiles of each query tile and the key tiles [1, 1, n, n], those first; int32."""
-    numbers = tiles.sum(1), np.argsort(~tiles, axis=1, kind="stable")
-    counts, order = (torch.from_numpy(part[None, None].astype(np.int32)).to(device) for part in numbers)
-    return counts, order
+def _own(part: Tensor) -> Tensor:
+    """A copy in memory of its own, whose beginning is aligned as kernels want it."""
+    return part.clone(memory_format=torch.contiguous_format)
 
 
 def _mask_mod(layout: Layout, padded: int, window: int | None) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:

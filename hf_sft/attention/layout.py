@@ -66,6 +66,7 @@ class Layout:
         block: [T] int, WeDLM's block of each token of a noisy stream, -1 in clean streams; None: there are clean streams only.
         pieces: for each document, its clean length and the groups of blocks of its noisy stream, on the host; see ``Group``.
         limit: [T] int, clean tokens are seen at positions below it: pos + 1 in clean streams, the block's anchor in noisy ones.
+        tiles: for each sliding window (None: without one), lists of tiles as ``tiles.tile_lists`` makes them.
     """
 
     doc: Tensor
@@ -74,15 +75,16 @@ class Layout:
     block: Tensor | None = None
     limit: Tensor | None = None
     pieces: list[tuple[int, list[Group]]] | None = None
+    tiles: Mapping[int | None, Tensor] | None = None
 
     @classmethod
     def from_batch(cls, batch: Mapping[str, Any]) -> Layout:
         """Read the layout keys of a packed batch: ``doc_ids``, ``position_ids`` [1, T] and ``doc_lengths``; with noisy streams
-        ``block_ids``, ``limits`` [1, T] and ``doc_pieces`` as well."""
-        noisy = {}
+        ``block_ids``, ``limits`` [1, T] and ``doc_pieces`` as well; ``tile_lists``, if a worker has made them."""
+        more: dict[str, Any] = {"tiles": batch.get("tile_lists")}
         if "block_ids" in batch:
-            noisy = {"block": batch["block_ids"][0], "limit": batch["limits"][0], "pieces": batch["doc_pieces"]}
-        return cls(batch["doc_ids"][0], batch["position_ids"][0], batch["doc_lengths"], **noisy)
+            more |= {"block": batch["block_ids"][0], "limit": batch["limits"][0], "pieces": batch["doc_pieces"]}
+        return cls(batch["doc_ids"][0], batch["position_ids"][0], batch["doc_lengths"], **more)
 
     def allowed(self, window: int | None = None) -> Tensor:
         """[T, T] bool, ``allowed[q, k]``: may query q see key k?

@@ -18,12 +18,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_sft.attention.layout import Layout
-from hf_sft.attention.protocol import LAYOUT_KEY, Routed, common_dtype, layer_windows, refuse_dropout
-from hf_sft.attention.segment import segment_attention
+from hf_sft.attention.protocol import Routed, Rules, common_dtype, layer_windows, refuse_dropout, refuse_sinks
+from hf_sft.attention.segment import with_layout
 
 FULL, CAUSAL = 0, 1
 _INSTALL = (
@@ -73,40 +73,21 @@ def _sorted(parts: list[tuple[np.ndarray, np.ndarray, int]]) -> Ranges:
     return Ranges(*(np.ascontiguousarray(x[order], dtype=np.int32) for x in (queries, keys, kinds)))
 
 
-def magi_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """Attention over a packed row; arguments and result as for ``segment_attention``.
+@with_layout
+def magi_attention(query: Tensor, key: Tensor, value: Tensor, layout: Layout, rules: Rules) -> Tensor:
+    """Attention over a packed row.
 
     Raises:
         ValueError: a sliding window, attention dropout, attention sinks; MagiAttention is not installed or too old.
     """
-    layout: Layout | None = kwargs.get(LAYOUT_KEY)
-    if layout is None:
-        return segment_attention(
-            module, query, key, value, attention_mask, scaling, dropout, sliding_window, softcap, s_aux
-        )
-    refuse_dropout("magi", dropout)
-    _refuse_window(sliding_window)
-    if s_aux is not None:
-        raise ValueError("the magi backend has no attention sinks: choose attention_backend segment or dense")
+    refuse_dropout("magi", rules.dropout)
+    _refuse_window(rules.sliding_window)
+    refuse_sinks("magi", rules)
     ranges, longest = layout.kept("magi", lambda: _on_device(attention_ranges(layout), query.device))
     rows = (x[0].transpose(0, 1).contiguous() for x in common_dtype(query, key, value))  # [T, H, E], [T, K, E]
     kernel = load_kernel()
-    output = kernel(
-        *rows, ranges.queries, ranges.keys, **_options(kernel, ranges.kinds, longest, scaling, softcap or 0.0)
-    )[0]
-    return output[None].to(query.dtype), None
+    output = kernel(*rows, ranges.queries, ranges.keys, **_options(kernel, ranges.kinds, longest, rules))[0]
+    return output[None].to(query.dtype)
 
 
 def _on_device(ranges: Ranges, device: torch.device) -> tuple[Ranges, dict[str, int]]:
@@ -118,13 +99,11 @@ def _on_device(ranges: Ranges, device: torch.device) -> tuple[Ranges, dict[str, 
     return Ranges(*(torch.from_numpy(part).to(device) for part in ranges)), longest
 
 
-def _options(
-    kernel: Callable[..., Any], kinds: Tensor, longest: dict[str, int], scaling: float | None, softcap: float
-) -> dict[str, Any]:
+def _options(kernel: Callable[..., Any], kinds: Tensor, longest: dict[str, int], rules: Rules) -> dict[str, Any]:
     """The keywords that this release of the kernel takes; what carries meaning must be among them."""
     known = inspect.signature(kernel).parameters
-    meaning = {"attn_type_map": kinds} | ({} if scaling is None else {"softmax_scale": scaling})
-    meaning |= {"softcap": softcap} if softcap else {}
+    meaning = {"attn_type_map": kinds} | ({} if rules.scaling is None else {"softmax_scale": rules.scaling})
+    meaning |= {"softcap": rules.softcap} if rules.softcap else {}
     if missing := meaning.keys() - known.keys():
         raise ValueError(
             f"this release of MagiAttention does not take {', '.join(sorted(missing))}: update it, or choose "

@@ -8,7 +8,7 @@ transformers' ``AttentionInterface`` routes every layer to, and the layout trave
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -20,6 +20,25 @@ from hf_sft.attention.layout import Layout
 LAYOUT_KEY = "hf_sft_layout"
 # transformers treats names that contain sdpa, flash or flex_attention specially: ours must not.
 _PREFIX = "hf_sft_"
+
+HostPart = Callable[[Layout], dict[str, Any]]
+
+
+class Rules(NamedTuple):
+    """What a layer asks of its attention beside its streams, under the names of transformers' ``AttentionInterface``.
+
+    Attributes:
+        scaling: factor on the scores; ``1 / sqrt(E)`` by default.
+        sliding_window: the layer's own window in tokens.
+        softcap: scores become ``softcap * tanh(scores / softcap)`` (Gemma 2).
+        s_aux: [H] attention sinks: one more score per head that takes probability and adds no value (gpt-oss).
+    """
+
+    scaling: float | None = None
+    dropout: float = 0.0
+    sliding_window: int | None = None
+    softcap: float | None = None
+    s_aux: Tensor | None = None
 
 
 class Backend(Protocol):
@@ -39,17 +58,23 @@ class Backend(Protocol):
     def inputs(self, model: PreTrainedModel, layout: Layout) -> dict[str, Any]:
         """Keywords of the model's forward that carry the layout."""
 
+    def host_part(self, model: PreTrainedModel) -> HostPart | None:
+        """What the loader's workers can make of a batch's layout, as keys of the batch that ``Layout.from_batch`` reads; None:
+        nothing. It is pickled, and reads what the layout has on the host."""
+
 
 class Routed:
     """A backend that is an attention function: registered under ``hf_sft_NAME``, the layout reaches it as ``hf_sft_layout``.
 
     Attributes:
         name: the backend's name.
+        route: what it is registered as instead, where its name is special to transformers.
         function: takes what every function of ``AttentionInterface`` takes: module, query [1, H, T, E], key and value
             [1, K, T, E], mask, options; returns [1, T, H, E] and None. Without a layout it runs like sdpa.
     """
 
     name: str
+    route: str | None = None
     half_only: bool = False
     function: Callable[..., tuple[Tensor, None]]
 
@@ -58,7 +83,7 @@ class Routed:
         can_route = getattr(model, "_can_set_attn_implementation", None)
         if can_route is not None and not can_route():
             raise ValueError(f"{type(model).__name__} computes its attention by itself and calls no function of ours")
-        routed = _PREFIX + self.name
+        routed = _PREFIX + (self.route or self.name)
         AttentionInterface.register(routed, type(self).function)
         # Calls without a layout (generation in a callback, say) get ordinary masks and run like sdpa.
         AttentionMaskInterface.register(routed, sdpa_mask)
@@ -71,6 +96,9 @@ class Routed:
         # the layout on the way cannot pass the self-check with it.
         closed = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=layout.doc.device)
         return {"attention_mask": closed, LAYOUT_KEY: layout, **no_router_loss(model)}
+
+    def host_part(self, model: PreTrainedModel) -> HostPart | None:
+        return None
 
 
 def no_router_loss(model: PreTrainedModel) -> dict[str, bool]:
@@ -119,6 +147,12 @@ def refuse_dropout(backend: str, probability: float) -> None:
         )
 
 
+def refuse_sinks(backend: str, rules: Rules) -> None:
+    """Raises ValueError for attention sinks, which ``backend`` has not."""
+    if rules.s_aux is not None:
+        raise ValueError(f"the {backend} backend has no attention sinks: choose attention_backend segment or dense")
+
+
 def common_dtype(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The three in autocast's type where it is on, as SDPA takes them: norms on queries and keys leave these in float32."""
     device = query.device.type
@@ -126,3 +160,10 @@ def common_dtype(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Ten
         return query, key, value
     dtype = torch.get_autocast_dtype(device)
     return query.to(dtype), key.to(dtype), value.to(dtype)
+
+
+def sent_to(made: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on ``device``; a GPU takes it from pinned memory while the host goes on."""
+    if device.type != "cuda" or made.device.type != "cpu":
+        return made.to(device)
+    return made.pin_memory().to(device, non_blocking=True)

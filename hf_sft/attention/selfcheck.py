@@ -27,6 +27,10 @@ logger = logging.getLogger(__name__)
 PADDED = "padded"
 # Lengths of the two documents: unequal, and longer than a small sliding window.
 _LENGTHS = [24, 17]
+_NOT_ON_CPU = {
+    "flash": "where flash kernels do not run",
+    "flex": "where FlexAttention has no backward pass",
+}
 _BLOCK = 5  # tokens per block of the noisy streams that WeDLM's check packs
 # Largest difference as a share of the logits' spread (max - min). Between layouts bf16 alone makes about 1.2e-2.
 _SAME = {torch.float32: 1e-4, torch.float64: 1e-4}
@@ -59,7 +63,12 @@ class Choice:
 
 
 def choose_layout(
-    model: nn.Module, requested: str = "auto", packing: bool | None = None, mask_token_id: int | None = None
+    model: nn.Module,
+    requested: str = "auto",
+    packing: bool | None = None,
+    mask_token_id: int | None = None,
+    *,
+    autocast: bool = False,
 ) -> Choice:
     """Measure the backends in turn, install the first that is right, and say which.
 
@@ -68,6 +77,7 @@ def choose_layout(
         requested: ``auto`` or the name of a backend.
         packing: True: packed or an error; False: padded batches; None: packed if the model can be.
         mask_token_id: of WeDLM, whose two streams are checked as well and which is never padded; None for other objectives.
+        autocast: training computes in bfloat16 or float16, whatever the type of the weights.
 
     Raises:
         ValueError: if what was asked for by name is unknown or fails.
@@ -76,10 +86,10 @@ def choose_layout(
     wedlm = mask_token_id is not None
     if requested != "auto":
         backend_named(requested, wedlm=wedlm)  # an unknown name, or one that cannot be
-    if requested == "flex" and base.device.type == "cpu":
+    if requested in _NOT_ON_CPU and base.device.type == "cpu":
         raise ValueError(
-            "attention_backend is flex and the model is on a CPU, where FlexAttention has no backward pass: choose auto, segment "
-            "or dense, or train on CUDA"
+            f"attention_backend is {requested} and the model is on a CPU, {_NOT_ON_CPU[requested]}: choose auto, segment or "
+            "dense, or train on CUDA"
         )
     _own_attention(base)
     if packing is False and wedlm:
@@ -97,12 +107,16 @@ def choose_layout(
     if requested not in ("auto", *BACKENDS):
         backend_named(requested, wedlm=wedlm).install(base)  # what it needs and has not is said in its own words
         restore_attention(base)
+        if problem := _too_precise(base, backend_named(requested, wedlm=wedlm), autocast):
+            raise ValueError(f"attention_backend is {requested}: {problem}")
     verdicts: list[Verdict] = []
     for name in _candidates(base, wedlm) if requested == "auto" else (requested,):
-        verdict = check_backend(model, backend_named(name, wedlm=wedlm), mask_token_id)
+        backend = backend_named(name, wedlm=wedlm)
+        problem = _too_precise(base, backend, autocast)
+        verdict = Verdict(name, False, problem) if problem else check_backend(model, backend, mask_token_id)
         if verdict.passed:
             reasons = "; ".join([*(f"{v.backend}: {v.reason}" for v in verdicts), verdict.reason])
-            return Choice(backend_named(name, wedlm=wedlm), reasons)
+            return Choice(backend, reasons)
         verdicts.append(verdict)
     reasons = "; ".join(f"{v.backend}: {v.reason}" for v in verdicts)
     if wedlm:
@@ -137,8 +151,19 @@ def _own_attention(base: PreTrainedModel) -> None:
 
 
 def _candidates(base: PreTrainedModel, wedlm: bool) -> tuple[str, ...]:
-    """What ``auto`` tries, in this order. Flex attention has a backward on CUDA alone."""
-    return ("flex", "segment", "dense") if wedlm and base.device.type == "cuda" else ("segment", "dense")
+    """What ``auto`` tries, in this order: on CUDA what has kernels there for whole rows, then what runs everywhere."""
+    fused = ("flex" if wedlm else "flash",) if base.device.type == "cuda" else ()
+    return *fused, "segment", "dense"
+
+
+def _too_precise(base: PreTrainedModel, backend: Backend, autocast: bool) -> str | None:
+    """Why a backend's kernels cannot take what this model computes with."""
+    if not backend.half_only or autocast or base.dtype not in _SAME:
+        return None
+    return (
+        f"its kernels take bfloat16 and float16 alone, and the model computes in {str(base.dtype).removeprefix('torch.')}; set "
+        "bf16 to true, or choose segment or dense"
+    )
 
 
 def _require_rotary_positions(base: PreTrainedModel) -> None:

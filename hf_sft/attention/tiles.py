@@ -15,9 +15,12 @@ piece the needed and the full keys are intervals: two intervals per piece make t
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from hf_sft.attention.layout import Layout
 
@@ -50,6 +53,33 @@ def padded_length(length: int) -> int:
     ``TILE`` up to 1,024, beyond that one of four lengths per doubling (2,560, 3,072, 3,584, 4,096, 5,120, ...)."""
     step = max(TILE, (1 << (length - 1).bit_length()) // 8)
     return -(-length // step) * step
+
+
+def tile_lists(layout: Layout, window: int | None = None) -> Tensor:
+    """``tile_table`` as FlexAttention's kernels walk it: [4, n, n + 1] int32 on the host, for the padded row.
+
+    Four lists of lists: partial tiles by query tile and full tiles by query tile, for the forward pass; partial and full tiles by
+    key tile, for the backward pass. Each begins with the number of its tiles; behind them stand the others, so that the shape
+    depends on the padded length alone.
+    """
+    table = tile_table(layout, padded_length(sum(layout.doc_lengths)), window)
+    lists = [_listed(tiles) for tiles in (table.partial, table.full, table.partial.T, table.full.T)]
+    return torch.from_numpy(np.stack(lists).astype(np.int32))
+
+
+def _listed(tiles: np.ndarray) -> np.ndarray:
+    """[n, n] bool to [n, n + 1]: per row the number of its tiles, and the columns, those with a tile first."""
+    return np.concatenate([tiles.sum(1, keepdims=True), np.argsort(~tiles, axis=1, kind="stable")], axis=1)
+
+
+@dataclass(frozen=True)
+class TileLists:
+    """What a loader's worker adds to a batch for FlexAttention: ``tile_lists`` for each sliding window of a model's layers."""
+
+    windows: tuple[int | None, ...]
+
+    def __call__(self, layout: Layout) -> dict[str, Any]:
+        return {"tile_lists": {window: tile_lists(layout, window) for window in self.windows}}
 
 
 def tile_table(layout: Layout, padded: int, window: int | None = None) -> TileTable:

@@ -14,10 +14,12 @@ from hf_sft.checkpoints.folders import (
 )
 from hf_sft.checkpoints.record import (
     ARGUMENTS_FILE,
+    DEFAULTS,
     IDENTITY_FIELDS,
     RESOLVED,
     differences,
     identity,
+    other_defaults,
     save_arguments,
     versions,
 )
@@ -26,7 +28,8 @@ from hf_sft.checkpoints.verifying import CheckpointError, Shapes, verify_adapter
 from hf_sft.checkpoints.writing import SaveError
 
 __all__ = [
-    "ARGUMENTS_FILE", "IDENTITY_FIELDS", "MARKER", "PROGRESS", "RESOLVED", "CheckpointError", "SaveError", "Shapes",
+    "ARGUMENTS_FILE", "DEFAULTS", "IDENTITY_FIELDS", "MARKER", "PROGRESS", "RESOLVED", "CheckpointError", "SaveError", "Shapes",
     "check_checkpoint", "check_output_dir", "checkpoints_in", "differences", "identity", "incomplete", "last_complete_checkpoint",
-    "read_state", "resolve_resume", "save_arguments", "steps_of", "verify_adapter", "verify_weights", "versions", "weight_shapes",
+    "other_defaults", "read_state", "resolve_resume", "save_arguments", "steps_of", "verify_adapter", "verify_weights",
+    "versions", "weight_shapes",
 ]  # fmt: skip

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import platform
 from collections.abc import Mapping
+from dataclasses import MISSING, fields
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import hf_sft
+from hf_sft.arguments import GROUPS
 from hf_sft.conversion import is_secret
 from hf_sft.data.cache import write_file
 
 ARGUMENTS_FILE = "args.json"
-RESOLVED = "resolved"  # the group of an args.json that says what came of the given values
+# Groups of an args.json that say of the given values what came of them, and what they are where nobody gives them.
+RESOLVED, DEFAULTS = "resolved", "defaults"
 # What two runs must share for the second to go on with the first.
 IDENTITY_FIELDS = (
     "model_name_or_path", "model_revision", "config_name_or_path", "config_overrides", "tokenizer_name_or_path",
@@ -59,7 +63,9 @@ def versions() -> dict[str, str]:
 
 def identity(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of grouped ``arguments`` that make a run this run (IDENTITY_FIELDS), as they were given."""
-    groups = [group for key, group in arguments.items() if key != RESOLVED and isinstance(group, Mapping)]
+    groups = [
+        group for key, group in arguments.items() if key not in (RESOLVED, DEFAULTS) and isinstance(group, Mapping)
+    ]
     flat = {name: value for group in groups for name, value in group.items()}
     return {name: flat[name] for name in IDENTITY_FIELDS if name in flat}
 
@@ -72,7 +78,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     lines = []
     for key, group in now.items():
         old = before.get(key)
-        if key == RESOLVED or not isinstance(group, Mapping) or not isinstance(old, Mapping):
+        if key in (RESOLVED, DEFAULTS) or not isinstance(group, Mapping) or not isinstance(old, Mapping):
             continue
         lines += [
             f"{name} was {old[name]!r} and is {value!r}"
@@ -94,6 +100,27 @@ def read_record(path: str | os.PathLike[str]) -> dict[str, Any]:
         return dict(record)
     except (OSError, ValueError, AttributeError) as error:
         raise ValueError(f"{path} cannot be read ({error}); choose another output_dir.") from error
+
+
+@functools.lru_cache(maxsize=1)
+def argument_defaults() -> dict[str, Any]:
+    """Name -> default of every argument, as it comes back from JSON."""
+    from hf_sft.training_arguments import TrainingArguments
+
+    found = {}
+    for each in (entry for cls in (TrainingArguments, *GROUPS) for entry in fields(cls)):
+        if each.default_factory is not MISSING:
+            found[each.name] = as_json(each.default_factory())
+        elif each.default is not MISSING:
+            found[each.name] = as_json(each.default)
+    return found
+
+
+def other_defaults(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Name -> default of each of the grouped ``arguments`` that has another value: who reads them later needs no transformers."""
+    known = argument_defaults()
+    flat = {name: value for group in arguments.values() for name, value in as_json(group).items()}
+    return {name: known[name] for name, value in flat.items() if name in known and value != known[name]}
 
 
 def as_json(value: Any) -> Any:

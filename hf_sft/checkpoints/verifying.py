@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
 
-from hf_sft.models.sharded import whole_shape
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -36,7 +37,7 @@ def verify_adapter(folder: str | os.PathLike[str], model: nn.Module) -> None:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"Adapter {path}: adapter_config.json cannot be read ({error}).") from error
     found = tensor_shapes(path / "adapter_model.safetensors")
-    required, allowed = _adapter_shapes(model, False), _adapter_shapes(model, True)
+    required, allowed = _adapter_shapes(model)
     _compare(f"Adapter {path}", found, required, allowed)
 
 
@@ -81,14 +82,18 @@ def weight_shapes(folder: Path, stem: str = "model") -> Shapes:
     return shapes
 
 
-def _adapter_shapes(model: Any, with_embeddings: bool) -> Shapes:
-    """Names and whole shapes of the adapter's tensors, without copying or gathering any."""
+def _adapter_shapes(model: Any) -> tuple[Shapes, Shapes]:
+    """Names and whole shapes of the adapter's tensors, without copying or gathering any; and with vocabulary matrices beside."""
     from peft import get_peft_model_state_dict
 
     blank = _blank(model.state_dict(keep_vars=True))
     adapter = model.active_adapter if isinstance(model.active_adapter, str) else model.active_adapter[0]
-    state = get_peft_model_state_dict(model, blank, adapter_name=adapter, save_embedding_layers=with_embeddings)
-    return {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+    def shapes(with_embeddings: bool) -> Shapes:
+        state = get_peft_model_state_dict(model, blank, adapter_name=adapter, save_embedding_layers=with_embeddings)
+        return {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+    return shapes(False), shapes(True)
 
 
 def _compare(what: str, found: Shapes, required: Shapes, allowed: Shapes) -> None:
@@ -118,6 +123,10 @@ def tensor_shapes(path: Path) -> Shapes:
 
 def _blank(tensors: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """Tensors of the same whole shapes without any numbers; names that share a tensor share its blank."""
+    import torch
+
+    from hf_sft.models.sharded import whole_shape
+
     blanks = {
         id(tensor): torch.empty(whole_shape(tensor), device="meta")
         for tensor in tensors.values()
@@ -127,4 +136,4 @@ def _blank(tensors: Mapping[str, Any]) -> dict[str, torch.Tensor]:
 
 
 def count(shape: tuple[int, ...]) -> int:
-    return int(torch.Size(shape).numel())
+    return math.prod(shape)

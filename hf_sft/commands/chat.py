@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from hf_sft.commands.options import (
     check_answer_options,
     load_model_of,
 )
+from hf_sft.imports import importing
 
 _HELP = """\
 /help         show this
@@ -40,7 +42,8 @@ def main(argv: Sequence[str]) -> int:
     """Chat as ``argv`` says; returns 0. Raises ValueError for everything that a user can put right."""
     options = _parser().parse_args(argv)
     check_answer_options(options)
-    from hf_sft.answering import Answerer
+    with importing():
+        from hf_sft.answering import Answerer
 
     try:
         model, tokenizer = load_model_of(options)
@@ -166,9 +169,12 @@ class Chat:
 
         text, pieces, began, stopped_by_user = StreamedText(self.answerer.tokenizer), [""], time.monotonic(), False
         try:
-            for new in self.answerer.stream(prompt):
-                pieces.append(text.add(new[:-1] if self.answerer.streamed.stopped else new))
-                self._write(pieces[-1])
+            with _interrupts() as asked:
+                for new in self.answerer.stream(prompt):
+                    pieces.append(text.add(new[:-1] if self.answerer.streamed.stopped else new))
+                    self._write(pieces[-1])
+                    if asked:
+                        raise KeyboardInterrupt
         except KeyboardInterrupt:
             stopped_by_user = True
         pieces.append(text.add([], last=True))
@@ -280,3 +286,20 @@ class Chat:
     def _note(self, text: str, style: str = "dim") -> None:
         sys.stdout.flush()
         self._console.print(text, style=style, markup=False)
+
+
+@contextmanager
+def _interrupts() -> Iterator[list[bool]]:
+    """Not empty once Ctrl-C was pressed, which raises KeyboardInterrupt as ever: a callback or a finalizer that it meets would
+    swallow it."""
+    asked: list[bool] = []
+
+    def note(*_: object) -> None:
+        asked.append(True)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -24,6 +24,7 @@ from hf_sft.commands.options import (
     load_found,
 )
 from hf_sft.evaluation_checks import ANSWER_METRICS
+from hf_sft.imports import importing
 
 if TYPE_CHECKING:
     from hf_sft.commands.measuring import Column, Material, Request, Subject
@@ -173,8 +174,9 @@ def _check_new(name: str, path: str, suffix: str) -> None:
 
 def _subjects(options: argparse.Namespace) -> list[Subject]:
     """All models, before any is loaded; those compared are read as the first one's run read its data, in its template."""
-    from hf_sft.commands.measuring import look_at, recorded
-    from hf_sft.models.inference import find_model
+    with importing():
+        from hf_sft.commands.measuring import look_at, recorded
+        from hf_sft.models.inference import find_model
 
     first = find_model(options.model, options.checkpoint)
     record = recorded(first)

@@ -12,6 +12,7 @@ from hf_sft.commands.options import (
     check_raw_weights,
     tell_of_average,
 )
+from hf_sft.imports import importing
 
 FORMATS = {
     "wedlm": "the official WeDLM engine (bfloat16)",
@@ -41,7 +42,8 @@ def main(argv: Sequence[str]) -> int:
             raise ValueError(f"--{name} has no place in --format {options.format}; leave it out.")
 
     if options.format == "safetensors":
-        from hf_sft.converting import convert_checkpoint
+        with importing():
+            from hf_sft.converting import convert_checkpoint
 
         folder = convert_checkpoint(
             options.source,
@@ -51,7 +53,8 @@ def main(argv: Sequence[str]) -> int:
             trust_remote_code=options.trust_remote_code,
         )
     else:
-        from hf_sft.exporting import export_wedlm
+        with importing():
+            from hf_sft.exporting import export_wedlm
 
         check_raw_weights(options, options.source)
         tell_of_average(options, options.source)

@@ -16,6 +16,7 @@ from hf_sft.commands.options import (
     check_answer_options,
     load_model_of,
 )
+from hf_sft.imports import importing
 
 if TYPE_CHECKING:
     from hf_sft.answering import Answer
@@ -35,8 +36,9 @@ def main(argv: Sequence[str]) -> int:
             "raw continues texts without a chat template, and system belongs into one; leave out one of them"
         )
     check_answer_options(options)
-    from hf_sft.answering import Answerer
-    from hf_sft.prompts import Request, encode_request, read_requests
+    with importing():
+        from hf_sft.answering import Answerer
+        from hf_sft.prompts import Request, encode_request, read_requests
 
     requests = [Request(text) for text in options.prompt or ()] or read_requests(options.file, options.raw)
     output = None if options.output is None else _output(options, requests)

@@ -16,7 +16,10 @@ if TYPE_CHECKING:
     from hf_sft.inspection import Inspection
 
 # Mode -> (the module of commands that has it, what it shows); each has its own --help.
-MODES = {"masks": ("masks", "who sees whom in a WeDLM batch, or the order in which an answer is decoded")}
+MODES = {
+    "masks": ("masks", "who sees whom in a WeDLM batch, or the order in which an answer is decoded"),
+    "memory": ("memory", "what a training needs of a device's memory, and what to change so that it fits"),
+}
 _STREAMED = 10_000  # records of a stream that are looked at
 
 

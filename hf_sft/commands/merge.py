@@ -12,6 +12,7 @@ from hf_sft.commands.options import (
     check_raw_weights,
     tell_of_average,
 )
+from hf_sft.imports import importing
 
 
 def main(argv: Sequence[str]) -> int:
@@ -38,8 +39,9 @@ def main(argv: Sequence[str]) -> int:
     check_raw_weights(options, options.adapter)
     tell_of_average(options, options.adapter)
 
-    from hf_sft.merging import merge_adapter
-    from hf_sft.merging.difference import measure_difference, too_large_to_check
+    with importing():
+        from hf_sft.merging import merge_adapter
+        from hf_sft.merging.difference import measure_difference, too_large_to_check
 
     double = None if options.double_quantization is None else options.double_quantization == "true"
     told = {

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from hf_sft.imports import importing
+
 DECODING_OPTIONS = ("window", "entropy_threshold", "distance_penalty", "verify")  # as generate_wedlm takes them
 
 
@@ -73,7 +75,8 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 def load_model_of(options: argparse.Namespace) -> tuple[Any, Any]:
     """Model and tokenizer of :func:`add_model_options`."""
-    from hf_sft.models.inference import find_model
+    with importing():
+        from hf_sft.models.inference import find_model
 
     folder = find_model(options.model, options.checkpoint)
     check_raw_weights(options, folder)
@@ -82,7 +85,8 @@ def load_model_of(options: argparse.Namespace) -> tuple[Any, Any]:
 
 def load_found(name: str, options: argparse.Namespace, base: str | None) -> tuple[Any, Any]:
     """Model and tokenizer of a folder or hub name, on ``base`` if it is an adapter, otherwise as the options say."""
-    from hf_sft.models.inference import load_for_inference
+    with importing():
+        from hf_sft.models.inference import load_for_inference
 
     tell_of_average(options, name)
     return load_for_inference(
@@ -101,7 +105,8 @@ def add_raw_weights_option(parser: argparse.ArgumentParser) -> None:
 
 def check_raw_weights(options: argparse.Namespace, *folders: str) -> None:
     """Raise ValueError if ``--raw_weights`` has nothing to choose from: none of ``folders`` holds an average."""
-    from hf_sft.models.averages import AVERAGE_FILE, has_average
+    with importing():
+        from hf_sft.models.averages import AVERAGE_FILE, has_average
 
     if options.raw_weights and not any(map(has_average, folders)):
         raise ValueError(
@@ -113,7 +118,8 @@ def check_raw_weights(options: argparse.Namespace, *folders: str) -> None:
 
 def tell_of_average(options: argparse.Namespace, folder: str) -> None:
     """Say that the average of the weights in ``folder`` is taken, where it is; the log says it at its level info."""
-    from hf_sft.models.averages import AVERAGE_FILE, has_average
+    with importing():
+        from hf_sft.models.averages import AVERAGE_FILE, has_average
 
     told = logging.getLogger("hf_sft").isEnabledFor(logging.INFO)
     if not options.raw_weights and not told and has_average(folder):
@@ -136,7 +142,8 @@ def add_answer_options(parser: argparse.ArgumentParser) -> None:
 
 def check_answer_options(options: argparse.Namespace) -> None:
     """Raise ValueError for values of :func:`add_answer_options` that cannot be, before a model is loaded."""
-    from hf_sft.generation import check_sampling
+    with importing():
+        from hf_sft.generation import check_sampling
 
     if options.max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {options.max_new_tokens}; it must be at least 1")

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from hf_sft.commands.options import add_run_options, parse_data_run
+from hf_sft.imports import importing
 
 
 def main(argv: Sequence[str]) -> int:
@@ -14,11 +15,12 @@ def main(argv: Sequence[str]) -> int:
     options, rest = _parser().parse_known_args(argv)
     if options.output_dir is None:
         raise ValueError("hf-sft prepare needs --output_dir: the folder to write")
-    from hf_sft.commands.train import log_to_terminal
-    from hf_sft.data.bins import Bins
-    from hf_sft.data.prepared import check_new_folder, identity, save_prepared
-    from hf_sft.data.rows import Encoding
-    from hf_sft.tasks import packing_of, prepare_data, read_data_side
+    with importing():
+        from hf_sft.commands.train import log_to_terminal
+        from hf_sft.data.bins import Bins
+        from hf_sft.data.prepared import check_new_folder, identity, save_prepared
+        from hf_sft.data.rows import Encoding
+        from hf_sft.tasks import packing_of, prepare_data, read_data_side
 
     check_new_folder(options.output_dir)
     arguments = parse_data_run(options, rest)

@@ -6,6 +6,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from hf_sft.imports import importing
+
 
 def main(argv: Sequence[str]) -> int:
     """Write the page that ``argv`` asks for; returns 0. Raises ValueError for everything that a user can put right."""
@@ -22,9 +24,10 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--overwrite", action="store_true", help="write over the file that --output names")
     options = parser.parse_args(argv)
 
-    from hf_sft.data.cache import write_file
-    from hf_sft.drawing import check_new_file
-    from hf_sft.reports import read_runs, report_page
+    with importing():
+        from hf_sft.data.cache import write_file
+        from hf_sft.drawing import check_new_file
+        from hf_sft.reports import read_runs, report_page
 
     runs = read_runs(options.folders)
     path = Path(options.output or (runs[0].folder / "report.html" if len(runs) == 1 else "report.html"))

@@ -11,6 +11,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from hf_sft.imports import importing
+
 logger = logging.getLogger("hf_sft")
 
 _MANY_LOST = 0.1  # of the records: above it the line of the log is a warning
@@ -33,17 +35,17 @@ def main(argv: Sequence[str]) -> int:
 
 def run(arguments: Any) -> int:
     """The road of the data, in its order."""
-    from transformers import set_seed
+    with importing():
+        from transformers import set_seed
 
-    from hf_sft.checkpoints import check_checkpoint, check_output_dir, identity, save_arguments, steps_of
-    from hf_sft.data.prepared import write_data_report
-    from hf_sft.models.loading import load_model
-    from hf_sft.models.sharded import summary
-    from hf_sft.models.vocabulary import added_token_ids
-    from hf_sft.tasks import build_trainer, packing_of, read_data_side, training_data
-    from hf_sft.training.failures import meet
-    from hf_sft.training.resuming_trainer import find_checkpoint
-    from hf_sft.training.together import raised_together
+        from hf_sft.checkpoints import check_checkpoint, check_output_dir, identity, save_arguments, steps_of
+        from hf_sft.data.prepared import write_data_report
+        from hf_sft.models.loading import load_model
+        from hf_sft.models.sharded import summary
+        from hf_sft.tasks import build_trainer, packing_of, read_data_side, training_data
+        from hf_sft.training.failures import meet
+        from hf_sft.training.resuming_trainer import find_checkpoint
+        from hf_sft.training.together import raised_together
 
     record = _record(arguments)
     training = arguments.training
@@ -72,7 +74,7 @@ def run(arguments: Any) -> int:
         )
 
         def write_record() -> None:
-            save_arguments(training.output_dir, {**record, **_resolved(arguments, trainer)})
+            save_arguments(training.output_dir, {**record, **_came_of(record, arguments, trainer)})
             packing = {"train": packing_of(trainer.train_dataset), "eval": packing_of(trainer.eval_dataset)}
             reports = {split: part.report for split, part in prepared.items()}
             write_data_report(training.output_dir, reports, packing)
@@ -96,10 +98,8 @@ def run(arguments: Any) -> int:
     trainer.save_state()
     _see_what_was_learned(trainer)
     logger.info("Saved to %s", training.output_dir)
-    if arguments.model.train_mode != "full" and added_token_ids(tokenizer):
-        logger.info(
-            "The adapter has rows for new tokens: merge it, or call resize_token_embeddings(len(tokenizer)) on its base"
-        )
+    if arguments.model.train_mode != "full":
+        _tell_added_rows(tokenizer)
     return 0
 
 
@@ -141,6 +141,16 @@ def _warn_of_averages(arguments: Any) -> None:
                 "average, name the result of its run, or what hf-sft merge writes",
                 name,
             )
+
+
+def _tell_added_rows(tokenizer: Any) -> None:
+    """Of an adapter that has rows for tokens which its base does not know."""
+    from hf_sft.models.vocabulary import added_token_ids
+
+    if added_token_ids(tokenizer):
+        logger.info(
+            "The adapter has rows for new tokens: merge it, or call resize_token_embeddings(len(tokenizer)) on its base"
+        )
 
 
 def _tell_run(trainer: Any, model: Any) -> None:
@@ -250,9 +260,9 @@ def _record(arguments: Any) -> dict[str, Any]:
     return groups
 
 
-def _resolved(arguments: Any, trainer: Any) -> dict[str, Any]:
-    """What the given values came to on this machine and with this model."""
-    from hf_sft.checkpoints import RESOLVED
+def _came_of(record: Mapping[str, Any], arguments: Any, trainer: Any) -> dict[str, Any]:
+    """What the given values came to on this machine and with this model, and what the defaults would have been."""
+    from hf_sft.checkpoints import DEFAULTS, RESOLVED, other_defaults
     from hf_sft.models.loading import quantization_kind
 
     token = trainer.objective.mask_token_id
@@ -266,7 +276,8 @@ def _resolved(arguments: Any, trainer: Any) -> dict[str, Any]:
             **({"reference": trainer.reference_kind} if arguments.data.task_type == "dpo" else {}),
             "processes": trainer.args.world_size,
             "last_step": trainer.state.max_steps,
-        }
+        },
+        DEFAULTS: other_defaults(record),
     }
 
 

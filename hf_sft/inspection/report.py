@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from hf_sft.arguments import DataArguments
 from hf_sft.data.chat import IGNORE
 from hf_sft.data.packing import pack_documents
-from hf_sft.data.prepared import PreparedData
 from hf_sft.inspection.findings import Finding, find_problems
 from hf_sft.inspection.scan import Scan, Signs, scan_rows
 from hf_sft.inspection.texts import Token, TokenTexts
+
+if TYPE_CHECKING:
+    from hf_sft.data.prepared import PreparedData
 
 _QUANTILES = {
     "shortest": 0.0,

@@ -21,7 +21,7 @@ from hf_sft.legacy.rules import (
 )
 
 FSDP = "layers are sharded as the model groups them; leave it out (fsdp_config can name layers)"
-ATTENTION = "attention is chosen by attention_backend (auto, segment, dense, flex or magi); leave it out"
+ATTENTION = "attention is chosen by attention_backend (auto, flash, segment, dense, flex or magi); leave it out"
 _ENGINE = "the engine behind it is gone from transformers; leave it out"
 _AUTOCAST = "mixed precision is torch.autocast"
 _FLOORS = ("min_lr", "min_lr_rate", "min_lr_ratio", "lrf")

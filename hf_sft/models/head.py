@@ -7,17 +7,20 @@ returns are zero rows of logits that keep the head in the graph.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hf_sft.losses import LogitTransform, ReplacedRows, RowScores, score_logits, score_rows
+from hf_sft.losses import LogitTransform, ReplacedRows, RowScores, score_logits, score_rows, score_through
 from hf_sft.models.sharded import is_partitioned
 from hf_sft.models.wrappers import evaluating
+
+logger = logging.getLogger(__name__)
 
 # [R] the weights of the scored rows, or what makes them of the rows' nll [R]: for losses that are no weighted sum of nlls,
 # d loss / d nll_i is the weight with which row i enters the gradient.
@@ -35,24 +38,29 @@ class _Request:
 class HeadScorer:
     """Scores chosen rows of a causal LM.
 
-    A plain linear head is scored in chunks, also where an adapter trains some of its rows. Any other head (an adapter on it,
-    quantised weights) runs on the scored rows only, and the loss is taken from its logits; so does a model whose logits are not
-    what its config says.
+    Every head is scored in chunks: a plain linear one by its weight, also where an adapter trains some of its rows, any other
+    (an adapter on it, quantised weights) by calls of its own forward. Where that is not right, the head runs on the scored
+    rows and the loss is taken from its logits, whole: a model whose logits are not what its config says (``verify``), and a
+    head whose parts ZeRO-3 gathers one by one (``after_engine``).
 
     Args:
         model: a causal LM, bare or with PEFT. The hook stays on its head and does nothing outside ``scoring``.
+
+    Attributes:
+        chunked: whether chunks are right for this model.
+        why_whole: why not, where they are not.
 
     Raises:
         ValueError: if the model has no output head.
     """
 
     def __init__(self, model: Any) -> None:
-        head = _active_head(model.get_output_embeddings())
+        head = active_head(model.get_output_embeddings())
         if head is None:
             raise ValueError(
                 f"{type(model).__name__} has no output embeddings: only causal language models can be trained"
             )
-        self.chunked = _is_plain_linear(_linear(head))
+        self.chunked, self.why_whole = True, ""
         self.transform = logit_transform(model.config)
         self._request: _Request | None = None
         self._row_ids: Tensor | None = None
@@ -62,13 +70,13 @@ class HeadScorer:
     def after_engine(self) -> None:
         """To be called once an engine has put its own hooks on the model: those that gather the head's weight come first then.
 
-        ZeRO-3 gathers the weights of one module at a time: rows that an adapter trains, a module inside the head, are not there
-        yet when the head's turn comes. Such a head runs as it is, on the scored rows only.
+        ZeRO-3 gathers the weights of one module at a time: those of an adapter, modules inside the head, are not there yet when
+        the head's turn comes, and are gone again after each call. Such a head runs as it is, on the scored rows only.
         """
         self._hook.remove()
         self._hook = self._head.register_forward_pre_hook(self._before_head)
-        if _linear(self._head) is not self._head and any(map(is_partitioned, self._head.parameters())):
-            self.chunked = False
+        if self.chunked and any(map(is_partitioned, inner_parameters(self._head))):
+            self._stop_chunking("ZeRO-3 gathers the parts of the head one by one")
 
     @contextmanager
     def scoring(self, rows_R: Tensor, target_R: Tensor, weight: RowWeight) -> Iterator[_Request]:
@@ -94,8 +102,6 @@ class HeadScorer:
     @torch.no_grad()
     def verify(self, model: nn.Module, input_ids: Tensor) -> bool:
         """Do the chunked scores of ``input_ids`` [1, L] equal those of the model's full logits? If not, stop chunking."""
-        if not self.chunked:
-            return False
         rows = torch.arange(input_ids.shape[1], device=input_ids.device)
         weight = torch.ones(len(rows), device=input_ids.device)
         with evaluating(model):  # dropout would draw two different answers
@@ -104,10 +110,16 @@ class HeadScorer:
             full = score_logits(model(input_ids=input_ids, use_cache=False).logits[0], input_ids[0], weight)
         tolerance = 1e-4 if full.nll.dtype == torch.float64 or next(model.parameters()).dtype == torch.float32 else 5e-2
         assert request.scores is not None, "the head was not called"
-        self.chunked = bool(
-            torch.allclose(request.scores.nll, full.nll.to(request.scores.nll), rtol=tolerance, atol=tolerance)
-        )
+        if not torch.allclose(request.scores.nll, full.nll.to(request.scores.nll), rtol=tolerance, atol=tolerance):
+            self._stop_chunking(
+                "the model's logits are not what its head and its config's logit_scale, logits_scaling and "
+                "final_logit_softcapping say"
+            )
         return self.chunked
+
+    def _stop_chunking(self, why: str) -> None:
+        self.chunked, self.why_whole = False, why
+        logger.warning("%s: the logits of the scored rows are computed whole, which takes more memory than chunks", why)
 
     def _before_head(self, head: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         request = self._request
@@ -117,19 +129,31 @@ class HeadScorer:
         flat = hidden.reshape(-1, hidden.shape[-1]).index_select(0, request.rows)
         if not self.chunked:
             return (flat[None], *args[1:])
-        linear, own = cast(nn.Linear, _linear(head)), self._trained_rows(head)
-        bias = linear.bias if own is None else None  # PEFT's layer computes x W^T alone
+        score = self._scoring_of(head, flat, request.target, args[1:])
         weight = request.weight
         if callable(weight):
-            with torch.no_grad():
-                ones = torch.ones(len(flat), device=flat.device)
-                first = score_rows(flat, linear.weight, bias, request.target, ones, self.transform, replaced=own)
-            weight = weight(first.nll)
+            with torch.no_grad(), _same_draws(head, flat.device):
+                first = score(torch.ones(len(flat), device=flat.device))
+                weight = weight(first.nll)
             if not torch.is_grad_enabled():
                 request.scores = RowScores(torch.dot(first.nll, weight.to(first.nll)), first.nll, first.correct)
                 return (flat[None, :0], *args[1:])
-        request.scores = score_rows(flat, linear.weight, bias, request.target, weight, self.transform, replaced=own)
+        request.scores = score(weight)
         return (flat[None, :0], *args[1:])
+
+    def _scoring_of(
+        self, head: nn.Module, flat: Tensor, target: Tensor, others: tuple[Any, ...]
+    ) -> Callable[[Tensor], RowScores]:
+        """What scores ``flat`` [R, H] under given weights: by the head's weight if that is all it has, else by its forward."""
+        inner: Any = linear_of(head)
+        if not _is_plain_linear(inner):
+            # Its forward, not the module: the hooks around it (ours, the engine's) have run.
+            return lambda weight: score_through(
+                lambda rows: head.forward(rows[None], *others)[0], flat, target, weight, self.transform
+            )
+        own = self._trained_rows(head)
+        bias = inner.bias if own is None else None  # PEFT's layer computes x W^T alone
+        return lambda weight: score_rows(flat, inner.weight, bias, target, weight, self.transform, replaced=own)
 
     def _trained_rows(self, head: nn.Module) -> ReplacedRows | None:
         """The rows that an adapter trains in the head (of new tokens, or of a tied embedding), where it is switched on."""
@@ -143,6 +167,15 @@ class HeadScorer:
         return ReplacedRows(self._row_ids, trained)
 
 
+@contextmanager
+def _same_draws(head: nn.Module, device: torch.device) -> Iterator[None]:
+    """What the head's dropout draws within is drawn once more afterwards: the rows are scored twice."""
+    drops = any(isinstance(part, nn.Dropout) and part.training and part.p for part in head.modules())
+    devices = [device] if drops and device.type != "cpu" else []
+    with torch.random.fork_rng(devices, enabled=drops, device_type=device.type if devices else "cuda"):
+        yield
+
+
 def logit_transform(config: Any) -> LogitTransform:
     """What the model does to its head's output, read from the config.
 
@@ -154,7 +187,7 @@ def logit_transform(config: Any) -> LogitTransform:
     return LogitTransform(float(scale), getattr(config, "final_logit_softcapping", None))
 
 
-def _active_head(head: nn.Module | None) -> nn.Module | None:
+def active_head(head: nn.Module | None) -> nn.Module | None:
     """The module whose forward runs: under PEFT's ``modules_to_save`` that is the trained copy."""
     copies = getattr(head, "modules_to_save", None)
     if copies is None:
@@ -162,7 +195,12 @@ def _active_head(head: nn.Module | None) -> nn.Module | None:
     return copies[head.active_adapter if isinstance(head.active_adapter, str) else head.active_adapter[0]]  # type: ignore
 
 
-def _linear(head: nn.Module) -> nn.Module:
+def inner_parameters(head: nn.Module) -> Iterator[nn.Parameter]:
+    """The weights of modules inside the head, those of an adapter, which ZeRO-3 gathers one by one."""
+    return (own for part in head.modules() if part is not head for own in part.parameters(recurse=False))
+
+
+def linear_of(head: nn.Module) -> nn.Module:
     """The layer inside PEFT's wrapper for trained token rows, or the head itself."""
     rows: Any = getattr(head, "token_adapter", None)
     return head if rows is None else rows.base_layer

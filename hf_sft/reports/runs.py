@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from hf_sft.checkpoints.folders import LOG, PREDICTIONS, STOP_CHECK
-from hf_sft.metrics import LINES, jumped
+from hf_sft.checkpoints.record import DEFAULTS
+from hf_sft.jumps import LINES, jumped
 
 STATE, ARGUMENTS = "trainer_state.json", "args.json"
 _SIGNS = (LOG, STATE, ARGUMENTS)  # one of them is in every run's folder
@@ -86,7 +87,7 @@ class Run:
 
     @property
     def jump(self) -> tuple[int, float, float] | None:
-        """The first step whose loss jumped (``metrics.jumped``), that loss, and the median of the lines before."""
+        """The first step whose loss jumped (``jumps.jumped``), that loss, and the median of the lines before."""
         points = [(step, loss) for step, loss in self.points("loss").items() if math.isfinite(loss)]
         for place, (step, loss) in enumerate(points):
             middle = jumped(loss, [earlier for _, earlier in points[max(0, place - LINES) : place]])
@@ -275,7 +276,7 @@ def generations(run: Run) -> dict[int, dict[tuple[str, int], dict[str, Any]]]:
 
 
 def flat_arguments(run: Run) -> Iterator[tuple[str, str, Any]]:
-    """(group, name, value) of everything in args.json."""
+    """(group, name, value) of everything in args.json but the defaults."""
     for group, values in run.arguments.items():
-        if isinstance(values, Mapping):
+        if isinstance(values, Mapping) and group != DEFAULTS:
             yield from ((group, str(name), value) for name, value in values.items())

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import MISSING, fields
+from dataclasses import MISSING
 from typing import Any
 
-from hf_sft.arguments import GROUPS
-from hf_sft.checkpoints.record import INCIDENTAL, RESOLVED, as_json
+from hf_sft.checkpoints.record import DEFAULTS, INCIDENTAL, RESOLVED, argument_defaults
 from hf_sft.pages import Details, Facts, Table, Text
 from hf_sft.reports.runs import Run, flat_arguments
 
 _VERSIONS = "versions"
+_NO_ARGUMENTS = (RESOLVED, _VERSIONS, "run")  # groups
 _MISSING = "\u2013"  # in place of a value that a run does not have
 _DERIVED = frozenset(
     {"accelerator_config", "do_eval", "dataloader_pin_memory"}
@@ -24,18 +23,12 @@ _SETTLED = frozenset(
 _MOST_LETTERS = 200  # of a value
 
 
-@functools.lru_cache(maxsize=1)
-def _defaults() -> dict[str, Any]:
-    """Name -> default of every argument, as it comes back from JSON."""
-    from hf_sft.training_arguments import TrainingArguments
-
-    found = {}
-    for each in (entry for cls in (TrainingArguments, *GROUPS) for entry in fields(cls)):
-        if each.default_factory is not MISSING:
-            found[each.name] = as_json(each.default_factory())
-        elif each.default is not MISSING:
-            found[each.name] = as_json(each.default)
-    return found
+def _defaults(run: Run) -> dict[str, Any]:
+    """Name -> default of the run's arguments as its args.json says; where it does not, today's of all."""
+    recorded = run.arguments.get(DEFAULTS)
+    if not isinstance(recorded, Mapping):
+        return argument_defaults()
+    return {name: value for group, name, value in flat_arguments(run) if group not in _NO_ARGUMENTS} | dict(recorded)
 
 
 def settings_blocks(run: Run) -> Iterator[Any]:
@@ -44,7 +37,7 @@ def settings_blocks(run: Run) -> Iterator[Any]:
     if not known:
         yield Text("The folder has no args.json: this run was not started by train.py.")
         return
-    defaults = _defaults()
+    defaults = _defaults(run)
     rows = [
         [name, shown(value), shown(defaults[name]), group]
         for group, name, value in known
@@ -68,7 +61,7 @@ def _same(name: str, value: Any, default: Any) -> bool:
 
 def _all(run: Run) -> Iterator[Any]:
     for group, values in run.arguments.items():
-        if isinstance(values, Mapping) and group not in (RESOLVED, _VERSIONS):
+        if isinstance(values, Mapping) and group not in (RESOLVED, DEFAULTS, _VERSIONS):
             yield Table([group, "value"], [[name, shown(value)] for name, value in values.items()])
 
 
@@ -98,7 +91,8 @@ def _row(
         return None
     # A run without the group does not use it; of the others' values the defaults say nothing.
     lacking = any(group not in run.arguments for run in runs)
-    if lacking and all(value == _defaults().get(name, MISSING) for value in held):
+    defaults = [_defaults(run).get(name, MISSING) for run, each in zip(runs, values, strict=True) if key in each]
+    if lacking and held == defaults:
         return None
     label = f"{name} (resolved)" if group == RESOLVED else f"version of {name}" if group == _VERSIONS else name
     return [label, *(shown(each[key]) if key in each else _MISSING for each in values)]

@@ -11,11 +11,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from transformers import Trainer
-from transformers.trainer_utils import seed_worker
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput, seed_worker
 
 from hf_sft.arguments import DataArguments
 from hf_sft.attention.selfcheck import Choice
-from hf_sft.collators import Batch, LabelsCollator
+from hf_sft.collators import Batch, HostParts, LabelsCollator
 from hf_sft.data.bins import BinLoader, Bins, BinSampler, Examples
 from hf_sft.data.live import LazyBins, LiveRecords, StreamBins, is_stream
 from hf_sft.data.pipeline import rows_from_examples
@@ -23,6 +23,7 @@ from hf_sft.metrics import sum_dtype
 from hf_sft.models.vocabulary import vocabulary_rows
 from hf_sft.models.wrappers import base_model
 from hf_sft.objectives import Objective
+from hf_sft.products import fast_products
 from hf_sft.training.workers import outlive_termination
 
 logger = logging.getLogger(__name__)
@@ -55,6 +56,8 @@ class BinTrainer(Trainer):
         self._seed: int = args.seed if args.data_seed is None else args.data_seed
         self.embedding_rows = vocabulary_rows(base_model(model))
         self._pad = getattr(tokenizer, "pad_token_id", None) or 0
+        backend = self.layout.backend
+        self._host_part = None if backend is None else backend.host_part(base_model(model))
 
     def _bins(self, dataset: Any, tokenizer: Any, *, evaluation: bool = False) -> AnyBins:
         """``dataset`` as bins: packed where the layout allows it."""
@@ -124,6 +127,8 @@ class BinTrainer(Trainer):
         args = self.args
         packed = getattr(dataset, "capacity", None) is not None
         collator = self.objective.collator(packed, self._pad, evaluation=evaluation)
+        if packed and self._host_part is not None:
+            collator = HostParts(collator, self._host_part)
         if self.user_collator is not None:
             collator = LabelsCollator(self.user_collator, dataset[0, 0][0])
         workers = args.dataloader_num_workers
@@ -137,6 +142,16 @@ class BinTrainer(Trainer):
             worker_init_fn=partial(_begin_worker, num_workers=workers, rank=args.process_index) if workers else None,
             **how,
         )
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """``Trainer.train``, with the products of :mod:`hf_sft.products`."""
+        with fast_products():
+            return super().train(*args, **kwargs)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """``Trainer.evaluation_loop``, with the products of :mod:`hf_sft.products`."""
+        with fast_products():
+            return super().evaluation_loop(*args, **kwargs)
 
     def get_train_dataloader(self) -> BinLoader:
         """This rank's micro-batches; the order is drawn from (``data_seed`` or ``seed``, epoch)."""

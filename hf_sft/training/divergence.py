@@ -20,7 +20,7 @@ from hf_sft.data.bins import Bins, Examples
 from hf_sft.data.chat import IGNORE
 from hf_sft.data.live import LazyBins, LiveRecords, StreamBins
 from hf_sft.data.prepared import PreparedData
-from hf_sft.metrics import LINES, jumped
+from hf_sft.jumps import LINES, jumped
 from hf_sft.training.together import gathered
 
 logger = logging.getLogger(__name__)

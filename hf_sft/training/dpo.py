@@ -316,7 +316,7 @@ class _PairScores:
             tokens = answer_sums(torch.ones_like(nll), self.answer_R, self.answers)
             rewards = loss.rewards(logps, self.reference, tokens)
             losses = loss.losses(rewards)
-            chosen_nll = nll[self.answer_R % 2 == 0].sum()
+            chosen_nll = -logps[::2].sum()
             n_pairs, n_chosen = self.items.clamp_min(1e-9)
             total = losses.sum() / n_pairs + self.objective.auxiliary * chosen_nll / n_chosen
             (weights,) = torch.autograd.grad(total, nll)

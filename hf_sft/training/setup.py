@@ -22,8 +22,10 @@ from hf_sft.checks import check_task, check_values, check_wedlm
 from hf_sft.data.chat import end_of_turn_id
 from hf_sft.data.templates import resolve_template
 from hf_sft.models.adapters import with_input_row
+from hf_sft.models.compiling import compile_regions
 from hf_sft.models.families import end_tokens
 from hf_sft.models.head import HeadScorer
+from hf_sft.models.liger import apply_liger
 from hf_sft.models.loading import check_max_seq_length, load_model, load_tokenizer
 from hf_sft.models.mask_token import record_mask_token, resolve_mask_token
 from hf_sft.models.quantization import keep_trainable_on_cpu
@@ -49,7 +51,8 @@ _ELSEWHERE = {
 }
 
 
-_OWN = {"freeze", "thaw_at_step", "evaluation_args", "ema_args"}  # what classes between Trainer and SFTTrainer take
+# What classes between Trainer and SFTTrainer take.
+_OWN = {"activation_checkpointing_policy", "freeze", "thaw_at_step", "evaluation_args", "ema_args"}
 
 
 def check_options(options: dict[str, Any]) -> None:
@@ -100,7 +103,7 @@ def prepare_model(model: nn.Module, peft_config: Any, args: Any, mask_token_id: 
     """The model on its device, with a new adapter if one is asked for, which trains the row of a mask token.
 
     Raises:
-        ValueError: an adapter on an adapter.
+        ValueError: an adapter on an adapter; as ``apply_liger``.
     """
     if peft_config is not None:
         if getattr(peft_config, "is_prompt_learning", False):
@@ -122,6 +125,8 @@ def prepare_model(model: nn.Module, peft_config: Any, args: Any, mask_token_id: 
             None  # it would keep the end of turn from learning where pad is eos; padding is never scored
         )
     place_model(model, args)
+    if args.use_liger_kernel:
+        args.liger_kernel_config = apply_liger(model, args.liger_kernel_config)
     low = {p.dtype for p in model.parameters() if p.requires_grad} & {torch.bfloat16, torch.float16}
     if low:
         warnings.warn(
@@ -152,23 +157,25 @@ def measure_layout(
     model: nn.Module, scorer: HeadScorer, args: Any, backend: str, packing: bool | None, mask_token_id: int | None
 ) -> Choice:
     """How documents are laid out, and whether the head can be scored in chunks (``scorer`` remembers): measured on ``model``, or
-    on a random twin in the first process where the engine is yet to put its weights together.
+    on a random twin in the first process where the engine is yet to put its weights together. What is to be compiled is, after
+    that.
 
     Raises:
-        ValueError: as ``choose_layout``, in all processes.
+        ValueError: as ``choose_layout``, in all processes, and as ``compile_regions``.
     """
     probe = torch.arange(16, device=args.device)[None]
     if not _placed_by_engine(base_model(model), args):
-        choice = choose_layout(model, backend, packing, mask_token_id)
+        choice = choose_layout(model, backend, packing, mask_token_id, autocast=_autocasts(args))
         scorer.verify(model, probe)
     else:
         choice = _measure_twin(model, scorer, args, (backend, packing, mask_token_id), probe)
-    if not scorer.chunked:
-        logger.warning(
-            "the head of this model is not a plain linear layer (or not what its config says): its logits are computed whole "
-            "for the scored rows, which takes more memory than chunks"
-        )
+    if args.torch_compile:
+        compile_regions(model, args.torch_compile_backend, args.torch_compile_mode)
     return choice
+
+
+def _autocasts(args: Any) -> bool:
+    return bool(args.bf16 or args.fp16)
 
 
 def _measure_twin(
@@ -182,16 +189,17 @@ def _measure_twin(
         mask_token_id = None if mask_token_id is None else min(mask_token_id, vocabulary_rows(twin) - 1)
         twin_scorer = HeadScorer(twin)
         try:
-            choice = choose_layout(twin, backend, packing, mask_token_id)
-            outcome = [(choice.backend and choice.name, choice.reason, twin_scorer.verify(twin, probe))]
+            choice = choose_layout(twin, backend, packing, mask_token_id, autocast=_autocasts(args))
+            twin_scorer.verify(twin, probe)
+            outcome = [(choice.backend and choice.name, choice.reason, twin_scorer.why_whole)]
         except ValueError as error:
             outcome = [error]
     if torch.distributed.is_initialized():
         torch.distributed.broadcast_object_list(outcome, src=0)
     if isinstance(outcome[0], ValueError):
         raise outcome[0]
-    name, reason, chunked = outcome[0]
-    scorer.chunked &= chunked
+    name, reason, why_whole = outcome[0]
+    scorer.chunked, scorer.why_whole = not why_whole, why_whole
     chosen = backend_named(name, wedlm=asked[2] is not None) if name else None
     install_layout(model, chosen)
     return Choice(chosen, f"{reason}, on a random twin")

@@ -14,12 +14,12 @@ from hf_sft.models.freezing import freeze as freeze_parameters
 from hf_sft.models.freezing import frozen_parameters
 from hf_sft.models.sharded import whole_numel
 from hf_sft.models.wrappers import base_model
-from hf_sft.training.bin_trainer import BinTrainer
+from hf_sft.training.recomputing import RecomputingTrainer
 
 logger = logging.getLogger(__name__)
 
 
-class ThawingTrainer(BinTrainer):
+class ThawingTrainer(RecomputingTrainer):
     """Trains all weights but those that ``freeze`` names.
 
     Without ``thaw_at_step`` they have no gradients and no optimizer states. With it their gradients are computed from the start,

@@ -73,6 +73,7 @@ class SFTTrainer(AnsweringTrainer):
         attention_backend: ``auto`` or the name of a backend for packed documents.
         router_aux_loss_coef: weight of the load-balancing loss of a mixture of experts; by default the config's.
         data_collator: replaces ours; must return ``input_ids`` and ``labels`` of the same shape (one document per row).
+        activation_checkpointing_policy: what activation checkpointing keeps; see ``hf_sft.models.checkpointing``.
         freeze, thaw_at_step: patterns for names of weights that are not trained, or not before that step; see
             ``ThawingTrainer``.
         evaluation_args, ema_args: answers to evaluation prompts, early stopping and more; an average of the weights. See
@@ -160,6 +161,10 @@ class SFTTrainer(AnsweringTrainer):
 
     def _make_objective(self, wedlm_args: WeDLMArguments | None, *how: Any) -> Objective:
         return prepare_objective(self.data_args, wedlm_args, *how)
+
+    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
+        # Else accelerate would compile the whole model, with every length of a row; ours is compiled region by region.
+        return super()._build_accelerator_args(**kwargs) | {"dynamo_plugin": None}
 
     # ---- loss ----
 

@@ -1,0 +1,233 @@
+"""What is imported when, and that loading modules costs no garbage collection."""
+
+from __future__ import annotations
+
+import gc
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import runs
+
+from hf_sft import imports
+from hf_sft.pages import Text
+from hf_sft.reports import read_run
+from hf_sft.reports.settings import differences, settings_blocks
+
+LIGHT = ("torch", "transformers", "numpy", "pyarrow", "datasets", "peft", "jinja2")
+# Packages that a plain run has no use for; none of them may come in at all, by whichever way.
+UNUSED = (
+    "matplotlib", "sacrebleu", "rouge_score", "nltk", "rapidfuzz", "tensorboard", "trl", "lm_eval", "rich", "wandb", "IPython",
+)  # fmt: skip
+# And those that transformers, peft and accelerate import wherever they are installed: not by a line of ours.
+THEIRS = ("bitsandbytes", "deepspeed", "sklearn", "scipy", "pandas", "liger_kernel", "flash_attn", "triton")
+WATCHING = """
+import gc, json, sys
+importers = {}
+class Watch:
+    def find_spec(self, name, path=None, target=None):
+        if "." not in name and name not in importers:
+            frame = sys._getframe(1)
+            while "importlib" in frame.f_code.co_filename:
+                frame = frame.f_back
+            importers[name] = frame.f_code.co_filename
+sys.meta_path.insert(0, Watch())
+"""
+TRAIN = (
+    WATCHING
+    + """
+from hf_sft.cli import main
+from hf_sft.imports import take_process
+take_process()
+code = main(["train", *sys.argv[1:]])
+importers = {name: file for name, file in importers.items() if name in sys.modules}  # others were only looked for
+print("FOUND", json.dumps([code, importers, gc.isenabled(), gc.get_freeze_count()]))
+"""
+)
+
+
+def run(code: str, *words: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=300, cwd=runs.ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_package_is_there_at_once():
+    code = f"""
+import sys, time
+begun = time.perf_counter()
+import hf_sft
+print(time.perf_counter() - begun, [name for name in {LIGHT} if name in sys.modules])
+"""
+    seconds, _, loaded = min(run(code).strip().partition(" ") for _ in range(3))
+    assert loaded == "[]"
+    assert float(seconds) < 0.3  # 0.02 where nothing else runs
+
+
+def test_help_of_every_command_loads_nothing_heavy():
+    code = f"""
+import sys
+from hf_sft.cli import COMMANDS, main
+main(["--help"])
+for command in COMMANDS:
+    try:
+        main([command, "--help"])
+    except SystemExit as end:
+        assert not end.code, command
+print([name for name in {LIGHT} if name in sys.modules])
+"""
+    assert run(code).splitlines()[-1] == "[]"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run in a process of its own: its folder, and (exit code, package -> who imported it, whether and how it collects)."""
+    folder = tmp_path_factory.mktemp("trained")
+    values = runs.arguments(folder, max_steps=1, report_to="none", data_cache_dir=str(folder / "cache"))
+    (line,) = [line for line in run(TRAIN, *runs.words(values)).splitlines() if line.startswith("FOUND")]
+    return Path(values["output_dir"]), json.loads(line.removeprefix("FOUND"))
+
+
+@pytest.fixture
+def run_folder(trained):
+    return trained[0]
+
+
+def test_a_run_imports_nothing_that_it_does_not_use(trained):
+    folder, (code, importers, enabled, frozen) = trained
+    assert code == 0 and (folder / "model.safetensors").is_file()
+    assert "torch" in importers
+    assert [name for name in UNUSED if name in importers] == []
+    ours = str(runs.ROOT / "hf_sft")
+    assert [name for name in THEIRS if importers.get(name, "").startswith(ours)] == []
+    assert enabled and frozen > 100_000  # modules are out of the collector's way, and what training makes is not
+
+
+def test_a_report_needs_neither_torch_nor_transformers(run_folder):
+    code = """
+import sys
+from hf_sft.cli import main
+assert main(["report", sys.argv[1]]) == 0
+print([name for name in ("torch", "transformers", "datasets", "peft") if name in sys.modules])
+"""
+    assert run(code, str(run_folder)).splitlines()[-1] == "[]"
+    page = (run_folder / "report.html").read_text(encoding="utf-8")
+    assert "learning_rate" in page and "5e-05" in page  # beside 0.01, its default
+
+
+def test_the_recorded_defaults_are_those_of_the_classes(run_folder):
+    """The same rows with the group ``defaults`` as without it, of one run and of two."""
+    known = read_run(run_folder)
+    arguments = {name: values for name, values in known.arguments.items() if name != "defaults"}
+    assert known.arguments["defaults"]["learning_rate"] == 5e-5 and "adam_beta1" not in known.arguments["defaults"]
+    older = replace(known, arguments=arguments)
+    assert [*settings_blocks(known)] == [*settings_blocks(older)]
+    assert isinstance(differences([known, older]), Text)  # none: the defaults are no arguments
+    lacking = replace(known, name="b", arguments={k: v for k, v in known.arguments.items() if k not in ("ema", "run")})
+    today = replace(lacking, arguments={k: v for k, v in lacking.arguments.items() if k != "defaults"})
+    assert differences([known, lacking]) == differences([older, today])
+
+
+@pytest.fixture
+def own_process(monkeypatch):
+    monkeypatch.setattr(imports, "_own_process", True)
+    yield
+    gc.unfreeze()
+
+
+def test_imports_are_not_collected_in_a_process_of_ours(own_process):
+    before = gc.get_freeze_count()
+    with imports.importing():
+        assert not gc.isenabled()
+        with imports.importing():
+            pass
+        assert not gc.isenabled()  # the outer block is not at its end
+    assert gc.isenabled() and gc.get_freeze_count() > before
+    with pytest.raises(ImportError), imports.importing():
+        raise ImportError
+    assert gc.isenabled()
+
+
+def test_garbage_in_the_process_of_others_is_left_to_them():
+    before = gc.get_freeze_count()
+    with imports.importing():
+        assert gc.isenabled()
+    assert gc.get_freeze_count() == before
+
+
+def test_who_has_switched_collection_off_finds_it_off(own_process):
+    gc.disable()
+    try:
+        with imports.importing():
+            pass
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
+
+
+# ---- the benchmarks ----
+
+
+@pytest.fixture
+def start_up(monkeypatch):
+    monkeypatch.syspath_prepend(str(runs.ROOT / "benchmarks"))
+    import start_up
+
+    return start_up
+
+
+def test_starts_are_timed_to_their_line(start_up):
+    slow = start_up.Command([sys.executable, "-c", "print('READY'); import time; time.sleep(0.3)"], start_up.READY)
+    found = start_up.measure({"slow": slow, "quiet": start_up.Command([sys.executable, "-c", "pass"])}, 1, {})
+    (begun,), (quiet,) = found["slow"], found["quiet"]
+    assert begun.end > begun.seconds + 0.3 > 0.3
+    assert quiet.seconds == quiet.end
+    for words in ("raise SystemExit(3)", "pass"):  # a failure, and a line that does not come
+        with pytest.raises(RuntimeError, match=r"ended with [03]"):
+            start_up.start(start_up.Command([sys.executable, "-c", words], start_up.READY))
+
+
+def test_the_first_step_is_told_beside_both_yardsticks(start_up, capsys):
+    seconds = {start_up.BARE: 1.0, start_up.TRAINER: 3.0, start_up.WARM: 2.5, start_up.PLAIN: 4.0}
+    starts = {
+        name: [start_up.Start(value + delta, value, value) for delta in (9, 0, 0)] for name, value in seconds.items()
+    }
+    results = start_up.summary(starts)
+    beyond = {start_up.BARE: 1.5, start_up.TRAINER: -0.5, start_up.PLAIN: -1.5}
+    assert results["first_step_with_a_warm_cache_beyond"] == {"seconds": beyond, "processor_seconds": beyond}
+    start_up.print_beyond(results)
+    assert "+1.50" in capsys.readouterr().out
+
+
+class NoTurn:
+    """Nobody to wait for."""
+
+    begun = ended = 0
+
+    def begin(self):
+        self.begun += 1
+
+    def end(self):
+        self.ended += 1
+
+
+@pytest.mark.parametrize("way", ["hf_sft", "Trainer, and fsync"])
+def test_checkpoints_are_measured_and_resumed_from(start_up, way, tmp_path, monkeypatch):
+    import checkpoints
+    import trainers
+
+    monkeypatch.setattr(trainers, "quiet", lambda: None)
+    turn, how = NoTurn(), dict(way=way, folder=str(tmp_path), mode="lora", width=32, layers=1)
+    parts = checkpoints.saving(turn, 2, **how)
+    assert turn.begun == turn.ended == 2 and len(parts) == 2 * len(checkpoints.PARTS)
+    verification, fsync, size = parts[-3:]
+    assert (verification > 0 and fsync > 0) == (way == checkpoints.OURS)
+    (kept,) = tmp_path.glob("checkpoint-*")
+    assert kept.name == "checkpoint-3"
+    assert size == sum(path.stat().st_size for path in kept.rglob("*") if path.is_file())
+    assert checkpoints.resuming(turn, 1, **how) == [] and turn.ended == 3
