@@ -11,7 +11,6 @@ off. So there is a third way: Trainer's, and its files brought to the disk. Each
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import statistics
 import tempfile
@@ -23,7 +22,7 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
-from records import table, write_record
+from records import conclude, parser, table
 from turns import WARM_UP, Turn, alternate
 from workloads import make_model, row
 
@@ -180,19 +179,16 @@ def markdown(results: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--width", type=int, default=768)
-    parser.add_argument("--layers", type=int, default=10)
-    parser.add_argument("--output", help="default: benchmarks/records/checkpoints.json")
-    parser.add_argument("--note", help="kept in the record")
-    options = parser.parse_args()
-    results: dict[str, Any] = {"note": options.note}
+    words = parser(__doc__, "checkpoints", repeats=5)
+    words.add_argument("--width", type=int, default=768)
+    words.add_argument("--layers", type=int, default=10)
+    options = words.parse_args()
+    results: dict[str, Any] = {"note": options.note, "missed": []}  # nothing is demanded
     results |= {name: getattr(options, name) for name in ("repeats", "width", "layers")}
     for mode in ("full", "lora"):
         results[mode] = measure(mode, options.repeats, options.width, options.layers)
     print(markdown(results))
-    print(f"record: {write_record('checkpoints', results, options.output)}")
+    conclude("checkpoints", results, options.output)
 
 
 if __name__ == "__main__":

@@ -232,8 +232,7 @@ def markdown(results: dict[str, Any], part: str = "engines") -> str:
 
 
 def main() -> None:
-    words = parser(__doc__, "engines", steps=8)
-    words.add_argument("--repeats", type=int, default=2)
+    words = parser(__doc__, "engines", steps=8, repeats=2)
     words.add_argument("--processes", type=int, nargs="+", default=list(PROCESSES), help="how cost grows with them")
     words.add_argument("--engine", choices=ENGINES, help=argparse.SUPPRESS)
     words.add_argument("--growing", action="store_true", help=argparse.SUPPRESS)

@@ -197,9 +197,8 @@ def markdown(results: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    words = parser(__doc__, "prepare")
+    words = parser(__doc__, "prepare", repeats=5)
     words.add_argument("--data", type=Path, default=Path("../shared/data"))
-    words.add_argument("--repeats", type=int, default=5)
     words.add_argument("--measure_memory", type=Path, help=argparse.SUPPRESS)
     words.add_argument("--tokenizer", type=Path, help=argparse.SUPPRESS)
     options = words.parse_args()

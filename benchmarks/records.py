@@ -46,11 +46,14 @@ def write_record(name: str, results: Any, path: str | None = None) -> Path:
     return target
 
 
-def parser(doc: str | None, name: str, steps: int | None = None) -> argparse.ArgumentParser:
-    """With the options that scripts share: ``--note``, ``--output``, and ``--steps`` where there is a default for it."""
+def parser(
+    doc: str | None, name: str, *, steps: int | None = None, repeats: int | None = None
+) -> argparse.ArgumentParser:
+    """With the options that scripts share: ``--note``, ``--output``, ``--steps`` and ``--repeats`` where they have a default."""
     found = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
-    if steps is not None:
-        found.add_argument("--steps", type=int, default=steps, help="of each way")
+    for option, default in (("--steps", steps), ("--repeats", repeats)):
+        if default is not None:
+            found.add_argument(option, type=int, default=default, help="of each way")
     found.add_argument("--note", help="what else there is to say of the conditions")
     found.add_argument("--output", help=f"where to write the record; default: benchmarks/records/{name}.json")
     return found

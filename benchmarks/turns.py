@@ -7,6 +7,7 @@ own. While one makes its step the others wait for a message and compute nothing.
 from __future__ import annotations
 
 import multiprocessing
+import os
 import re
 import statistics
 import time
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 WARM_UP = 2  # steps of each way that do not count
 # Takes turns with ``Turn`` and returns the loss of every step (none: an empty list). A function of a module, which a new process
@@ -91,11 +93,18 @@ def memory() -> float:
     return int(found) * 1024 / 1e6
 
 
-def alternate(ways: Mapping[str, Way], steps: int, *, together: bool = True) -> dict[str, Course]:
+def alternate(
+    ways: Mapping[str, Way],
+    steps: int,
+    *,
+    together: bool = True,
+    environment: Mapping[str, Mapping[str, str]] | None = None,
+) -> dict[str, Course]:
     """``steps`` steps of each way after those that warm up.
 
     Args:
         together: in turn; else one way after the other, where not all fit into the memory of one device.
+        environment: way -> variables that its process starts with, beside those of this one.
 
     Raises:
         RuntimeError: a way failed; with its traceback.
@@ -103,7 +112,7 @@ def alternate(ways: Mapping[str, Way], steps: int, *, together: bool = True) -> 
     groups = [dict(ways)] if together else [{name: way} for name, way in ways.items()]
     courses: dict[str, Course] = {}
     for group in groups:
-        courses |= _alternate(group, steps + WARM_UP)
+        courses |= _alternate(group, steps + WARM_UP, environment or {})
     return courses
 
 
@@ -132,13 +141,14 @@ def largest_difference(found: Mapping[str, Course], ours: str) -> float:
     return max(abs(a / b - 1) for course in found.values() for a, b in zip(course.losses, own, strict=True))
 
 
-def _alternate(ways: Mapping[str, Way], steps: int) -> dict[str, Course]:
+def _alternate(ways: Mapping[str, Way], steps: int, environment: Mapping[str, Mapping[str, str]]) -> dict[str, Course]:
     context = multiprocessing.get_context("spawn")
     processes, connections = {}, {}
     for name, (function, values) in ways.items():
         connections[name], theirs = context.Pipe()
         processes[name] = context.Process(target=_work, args=(function, values, steps, theirs), daemon=True)
-        processes[name].start()
+        with mock.patch.dict(os.environ, environment.get(name, {})):
+            processes[name].start()
         theirs.close()
 
     def hear(name: str, kind: str) -> Any:

@@ -11,6 +11,7 @@ would have computed.
 from __future__ import annotations
 
 import functools
+import math
 import os
 import threading
 import warnings
@@ -47,8 +48,12 @@ def suits(left: Tensor, right: Tensor) -> bool:
     if not (_is_plain(left, 2) and _is_plain(right, 2) and torch.backends.mkldnn.enabled):
         return False
     (rows, inner), (others, columns) = left.shape, right.shape
-    large = min(rows, inner, columns) >= _SMALLEST_SIDE and rows * inner * columns >= _SMALLEST_WORK
-    return large and inner == others and _is_dense(left) and _is_dense(right) and onednn_is_faster()
+    return inner == others and fits_onednn(rows, inner, columns) and _is_dense(left) and _is_dense(right)
+
+
+def fits_onednn(*sides: int) -> bool:
+    """Whether a product of [M, K] and [K, N] float32 numbers is large enough for oneDNN, on a machine where that is faster."""
+    return min(sides) >= _SMALLEST_SIDE and math.prod(sides) >= _SMALLEST_WORK and onednn_is_faster()
 
 
 def _is_plain(part: Tensor, dimensions: int) -> bool:

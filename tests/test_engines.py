@@ -83,8 +83,8 @@ def case(place: Path, name: str, processes: int, engine: dict[str, Any], folder:
 
 
 def launch(place: Path, values: list[dict[str, Any]], processes: int) -> None:
-    """Judged by the results alone: gloo now and then aborts a process, mostly at its exit. One that it aborts earlier takes the
-    whole run along, which is then started once more, with a warning that says where the process stood."""
+    """Judged by the results alone: on gloo a process now and then dies of a signal, mostly at its exit. One that dies earlier
+    takes the whole run along, which is then started once more, with a warning that says where the process stood."""
     file = place / f"{len(list(place.glob('*.json')))}.json"
     file.write_text(json.dumps(values))
     command = ["tests/engine_runs.py", str(file)]
@@ -97,22 +97,22 @@ def launch(place: Path, values: list[dict[str, Any]], processes: int) -> None:
     for attempt in (1, 2):
         process = runs.launch(command, processes, **environment)
         missing = [str(output) for output in outputs if not (output / "trainer_state.json").is_file()]
-        aborted = "(SIGABRT)" in process.stderr and not re.search(r"free\(\)|malloc|corrupt", process.stderr)
-        if not missing or not aborted or attempt == 2:
+        died = re.search(r"\((SIGABRT|SIGSEGV)\)", process.stderr)
+        if not missing or died is None or re.search(r"free\(\)|malloc|corrupt", process.stderr) or attempt == 2:
             break
-        warnings.warn(f"a process was aborted; once more: {said_of_the_abort(process.stderr)}", stacklevel=2)
+        warnings.warn(f"{died[1]} ended a process; once more: {said_of_the_end(process.stderr)}", stacklevel=2)
         for number, output in enumerate(outputs):
             shutil.rmtree(output, ignore_errors=True)
             if (before / str(number)).is_dir():
                 shutil.copytree(before / str(number), output)
-    assert not missing, f"{missing}\n{said_of_the_abort(process.stderr) if aborted else ''}\n{process.stderr[-6000:]}"
+    assert not missing, f"{missing}\n{said_of_the_end(process.stderr)}\n{process.stderr[-6000:]}"
 
 
-def said_of_the_abort(stderr: str) -> str:
-    """The first lines of libraries and of the interpreter on an abort."""
+def said_of_the_end(stderr: str) -> str:
+    """The first lines of libraries and of the interpreter on a signal that ended it; "" where they said nothing."""
     lines = stderr.splitlines()
     told = ("terminate called", "what():", "Fatal Python error")
-    first = next((n for n, line in enumerate(lines) if any(word in line for word in told)), 0)
+    first = next((n for n, line in enumerate(lines) if any(word in line for word in told)), len(lines))
     return "\n".join(lines[first : first + 40])
 
 

@@ -18,7 +18,7 @@ import torch
 from transformers import Trainer
 from transformers.optimization import Adafactor
 
-from hf_sft import DataArguments, SFTTrainer, TrainingArguments
+from hf_sft import DataArguments, SFTTrainer, TrainingArguments, products
 from hf_sft.arguments import LoraArguments
 from hf_sft.memory.activations import MicroBatch, Run, activations_of
 from hf_sft.memory.counting import LiveBytes, allocated
@@ -175,6 +175,8 @@ def test_a_step_on_cuda_has_no_temporaries_of_all_weights_unless_all_are_taken_a
 
     assert made(optim="adamw_torch") == 4 * matrices == made(optim="rmsprop") == made(optim="adagrad") // 2
     assert made(optim="rmsprop", decays=True) == 8 * matrices and made(optim="sgd", decays=True) == 4 * matrices
+    norms = ("*proj*", "*embed*", "*lm_head*")  # all but these is frozen: what has one dimension does not decay
+    assert made(optim="rmsprop", decays=True, freeze=norms) == made(optim="rmsprop", freeze=norms) > 0
     assert made(optim="adafactor") <= 12 * largest < 4 * matrices
     assert made() == made(optim="sgd") == made(optim="paged_adamw_8bit") == made(optim="lion_32bit") == 0
     # FSDP2 has a share of each row of weights, ZeRO a flat one whose gradient is made float32 for the step.
@@ -309,6 +311,23 @@ def test_an_adapter_on_the_head_is_scored_as_training_scores_it():
     assert found.head > frozen.head and found.head_backward < full.head_backward
     assert whole.head_kept > logits > found.head_kept and whole.head_backward > 2 * logits
     assert head(lora=LORA, partitioned=True).head == frozen.head  # a plain head is gathered whole
+    engines = {name: Plan(config, "lora", adapted, batch=batch, engine=name, devices=2) for name in ("zero2", "zero3")}
+    assert engines["zero3"].activations.head_kept > logits // 2 > engines["zero2"].activations.head_kept
+
+
+@pytest.mark.parametrize("case", ["float32", "half", "frozen", "small"])
+def test_onednn_adds_to_nothing(monkeypatch, case: str):
+    """Two sums of the gradient of a trained float32 head stand in memory where oneDNN makes the products."""
+    size = 8 if case == "small" else 64
+    config = config_of("qwen3", vocab_size=4096, hidden_size=size, tie_word_embeddings=False)
+    run = Run(
+        "lora" if case == "frozen" else "full", autocast=HALF if case == "half" else None, lora=LORA, device="cpu"
+    )
+    most = []
+    for faster in (True, False):
+        monkeypatch.setattr(products, "onednn_is_faster", lambda faster=faster: faster)
+        most.append(activations_of(config, run, MicroBatch(1, 512)).head)
+    assert most[0] - most[1] == (4096 * size * 4 if case == "float32" else 0)
 
 
 def test_log_softmax_has_memory_of_its_own_on_cuda():

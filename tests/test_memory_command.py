@@ -53,6 +53,25 @@ def test_the_figures_are_the_rooms(config, inspect):
     assert found["fits"] is None and found["changes"] == found["faster"] == []  # no device is known
 
 
+@pytest.mark.parametrize("said", [["--bf16"], ["--fp16"], []])
+def test_the_precision_is_named(config, inspect, said):
+    found, text = inspect("--model", config, *said)
+    named = f"{said[0].strip('-') if said else 'float32'} arithmetic"
+    assert found["plan"]["precision"] == named and named in text
+
+
+def test_sizes_that_the_config_does_not_give_are_told(tmp_path, inspect, caplog):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"model_type": "gpt2", "n_embd": 64, "vocab_size": 512}))
+    inspect("--config_name_or_path", path, "--config_overrides", '{"n_head": 4}', "--max_seq_length", 64)
+    assert f"{path} does not give n_layer 12: counted as gpt2 has it by default" in caplog.text
+
+
+def test_sizes_that_the_config_gives_are_not_told(config, inspect, caplog):
+    inspect("--model", config)
+    assert "does not give" not in caplog.text
+
+
 def test_what_to_change_fits_when_it_is_done(config, inspect):
     words = ["--config_name_or_path", config, "--bf16", "--max_seq_length", 2048, "--per_device_train_batch_size", 4]
     words += ["--gradient_accumulation_steps", 2]

@@ -204,6 +204,15 @@ def test_the_first_step_is_told_beside_both_yardsticks(start_up, capsys):
     assert "+1.50" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("alone, beyond, count", [(0.29, 1.9, 0), (0.3, 1.9, 1), (0.29, 2.0, 1), (0.5, 5.0, 2)])
+def test_what_the_start_misses_is_named(start_up, alone, beyond, count):
+    results = {
+        "commands": {"import hf_sft": {"seconds": alone}},
+        "first_step_with_a_warm_cache_beyond": {"seconds": {start_up.BARE: beyond}},
+    }
+    assert len(start_up.missed(results)) == count
+
+
 class NoTurn:
     """Nobody to wait for."""
 

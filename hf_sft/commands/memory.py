@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,10 @@ _ENGINE = (*_OF_AN_ENGINE, "deepspeed", "fsdp", "fsdp_config")
 # What TrainingArguments refuses without a GPU. fp16 takes as much as bf16; the others change nothing that is counted, but Liger's
 # layers keep less than those that are.
 _OF_A_GPU = ("fp16", "tf32", "use_liger_kernel", "liger_kernel_config", "ddp_backend")
+_SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 _GIB = 2**30
+
+logger = logging.getLogger("hf_sft")
 
 
 def main(words: Sequence[str]) -> int:
@@ -203,14 +207,31 @@ def _config(model: Any, scratch: Mapping[str, Any]) -> Any:
                 f"{scratch['config_name_or_path']!r} is no model's config: {' '.join(str(error).split())}"
             ) from error
         config._name_or_path = str(scratch["config_name_or_path"])
+        _tell_unsaid(config, config._name_or_path, model.model_revision, scratch.get("config_overrides"))
         return config
     try:
-        return load_config(model.model_name_or_path, model)
+        config = load_config(model.model_name_or_path, model)
     except ValueError as error:
         raise ValueError(
             f"{error} Only the config is needed: name a folder or a config.json of the same shape with --config_name_or_path, "
             "and change what differs with --config_overrides"
         ) from error
+    _tell_unsaid(config, model.model_name_or_path, model.model_revision)
+    return config
+
+
+def _tell_unsaid(config: Any, name: str, revision: str | None, overrides: Any = None) -> None:
+    """Warn of sizes that neither the file nor ``overrides`` give: the defaults of the class are counted."""
+    from transformers import PretrainedConfig
+
+    from hf_sft.models.loading import overrides_of
+
+    text, fields = config.get_text_config(), PretrainedConfig.get_config_dict(name, revision=revision)[0]
+    said = {*fields, *fields.get("text_config", {}), *overrides_of(overrides)}
+    own = {size: text.attribute_map.get(size, size) for size in _SIZES if getattr(text, size, None) is not None}
+    unsaid = [f"{key} {getattr(text, key)}" for size, key in own.items() if not said & {size, key}]
+    if unsaid:
+        logger.warning("%s does not give %s: counted as %s has it by default", name, ", ".join(unsaid), text.model_type)
 
 
 def _engine(own: Mapping[str, Any], arguments: Arguments, devices: int | None) -> dict[str, Any]:
@@ -307,7 +328,7 @@ def _report(plan: Plan, found: Estimate, memory: float | None, where: str) -> tu
         "changes": [vars(change) for change in changes], "faster": [vars(change) for change in faster],
     }  # fmt: skip
     words = list(described.values())
-    lines = [", ".join(words[:4]), ", ".join(words[4:]), "", *_table(found), ""]
+    lines = [", ".join(words[:5]), ", ".join(words[5:]), "", *_table(found), ""]
     if plan.device == "cuda":
         lines.append(f"fits on: {_card(found.card)}, with a tenth and 2 GiB for what is not counted")
     if not is_counted(plan.optim):
@@ -338,6 +359,7 @@ def _described(plan: Plan) -> dict[str, str]:
     return {
         "model": f"{name} ({parameters / 1e9:.2f} x 10^9 parameters)",
         "mode": f"{plan.train_mode}, {state.trained / 1e6:,.1f} x 10^6 trained",
+        "precision": f"{plan.precision or 'float32'} arithmetic",
         "objective": batch.objective,
         "engine": engine + many,
         "tokens": f"{plan.activations.tokens:,} tokens a micro-batch",

@@ -29,6 +29,7 @@ from hf_sft.models.checkpointing import keep_in_layers
 from hf_sft.models.head import HeadScorer, inner_parameters
 from hf_sft.models.wrappers import base_model
 from hf_sft.noise import MaskRule
+from hf_sft.products import fits_onednn
 
 # Without their kernels these layers are run token by token, and keep the same for each.
 _BY_TOKEN, _PROBES = frozenset({"mamba", "falcon_mamba"}), (16, 32)
@@ -373,7 +374,15 @@ def _head(
             return most, kept, live.most
         del scores
     cast = sum(p.nbytes for p in trained if p.itemsize < 4)
-    return most, kept, kept + cast + hidden.nbytes
+    return most + (_second_sum(head, run, scored) if learns else 0), kept, kept + cast + hidden.nbytes
+
+
+def _second_sum(head: Any, run: Run, scored: int) -> int:
+    """Bytes of the sum that stands beside the gradient of the head's weight where oneDNN, which adds to nothing, makes both."""
+    weight = getattr(head, "weight", None)
+    if run.device != "cpu" or run.autocast is not None or weight is None or not weight.requires_grad:
+        return 0
+    return weight.nbytes if fits_onednn(scored, *weight.shape) and weight.dtype == torch.float32 else 0
 
 
 class _HeadBytes(LiveBytes):

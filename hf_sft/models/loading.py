@@ -195,7 +195,7 @@ def scratch_config(model: ModelArguments, tokenizer: PreTrainedTokenizerFast | N
         ValueError: a field that the config does not have (with the nearest), or values that do not fit together.
     """
     name = str(model.config_name_or_path)
-    overrides = _overrides(model.config_overrides)
+    overrides = overrides_of(model.config_overrides)
     config = load_config(name, model)
     known = {*config.to_dict(), *config.attribute_map} - {"quantization_config"}
     if unknown := [key for key in overrides if key not in known]:
@@ -385,7 +385,7 @@ def _require_weights(name: str) -> None:
         )
 
 
-def _overrides(value: dict | str | None) -> dict[str, Any]:
+def overrides_of(value: dict | str | None) -> dict[str, Any]:
     """``config_overrides`` as a dict."""
     if isinstance(value, str):
         try:
