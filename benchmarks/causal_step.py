@@ -14,7 +14,6 @@ others take what torch takes by itself, as their users would: part of the ratio 
     HF Trainer   transformers' Trainer with its flattening collator
     plain loop   segments, the head on the scored rows, F.cross_entropy, fused AdamW; batches made beforehand
     limit        the same with ours' products
-    huge pages   SFTTrainer in a process that PyTorch gives large blocks in pages of 2 MiB (THP_MEM_ALLOC_ENABLE=1, Linux)
     products     the products with weights of such a step alone, by either library: the floor of this machine
 """
 
@@ -32,9 +31,8 @@ from hf_sft.products import fast_products, onednn_is_faster
 
 WAYS: dict[str, tuple[Any, dict[str, Any]]] = {
     "SFTTrainer": (trainers.ours, {}), "TRL": (trainers.trl, {}), "HF Trainer": (trainers.hf, {}),
-    "plain loop": (trainers.plain, {}), "limit": (trainers.plain, {"fast": True}), "huge pages": (trainers.ours, {}),
+    "plain loop": (trainers.plain, {}), "limit": (trainers.plain, {"fast": True}),
 }  # fmt: skip
-HUGE = {"huge pages": {"THP_MEM_ALLOC_ENABLE": "1"}}
 # Vocabulary -> at least so many times TRL's tokens per second, at most this share of its peak memory.
 DEMANDED = {6400: (2.5, 1.0), 151_680: (4.5, 0.55)}
 NEAR_LIMIT = 1.1  # times the limit's step
@@ -44,7 +42,7 @@ def run(vocabulary: int, steps: int, length: int = 2048) -> dict[str, Any]:
     """The figures of one vocabulary; raises AssertionError where two ways learn different things."""
     packs = gsm8k_packs(steps + WARM_UP, vocabulary, length)
     data = {"packs": packs, "vocabulary": vocabulary}
-    found = alternate({name: (way, {**data, **how}) for name, (way, how) in WAYS.items()}, steps, environment=HUGE)
+    found = alternate({name: (way, {**data, **how}) for name, (way, how) in WAYS.items()}, steps)
     differs = largest_difference(found, "SFTTrainer")
     assert differs < 1e-4, f"the losses differ by {differs:.0e}"
     per_pack = sum(map(tokens, packs)) / len(packs)

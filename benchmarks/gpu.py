@@ -4,8 +4,9 @@
     python benchmarks/gpu.py --dry_run        the same roads on a CPU with a model of toy size; its times mean nothing
 
 Random weights; bf16 (float32 weights under autocast in full training), packs of ``--length`` tokens in documents as long as
-gsm8k's times ``--stretch``, collated ahead by two workers. Each way is a process of its own and has the GPU for itself; figures
-are medians of ``--steps`` steps after two that warm up (kernels are compiled in these).
+gsm8k's times ``--stretch``, collated ahead by two workers (``dataloader_num_workers``, by default 0). Each way is a process of
+its own and has the GPU for itself; figures are medians of ``--steps`` steps after two that warm up (kernels are compiled in
+these). Of a model that is too large for the GPU so many layers are taken as the planner of memory says.
 
     ours         SFTTrainer with attention_backend auto: flash for causal, flex for WeDLM
     dense        SFTTrainer with a mask [T, T]
@@ -23,9 +24,10 @@ WeDLM models are built as ``train.py`` does: an adapter trains the mask token's 
               + 12 * layers * heads * head_dim * pairs      pairs: (query, key) that the rule allows; noisy streams elided
       nothing that is computed twice, skipped or thrown away counts. Without a known peak there is no MFU.
 
-The record holds the operators of a profiled step of ours that take the most of the device: where the time goes. They are printed
-where a demand is missed: full training of the 8B shape at 50 % MFU, causal; WeDLM on flex at 45 %, and at 3 times the dense
-backend's tokens per second in packs of 8,192 tokens. (Where dense does not fit into memory there is nothing to compare with.)
+The record is written after each case. It holds the operators of a profiled step of ours that take the most of the device, in a
+training as all others: where the time goes. They are printed where a demand is missed: full training of the 8B shape at 50 %
+MFU, causal; WeDLM on flex at 45 %, and at 3 times the dense backend's tokens per second in packs of 8,192 tokens. (Where dense
+does not fit into memory there is nothing to compare with.)
 """
 
 from __future__ import annotations
@@ -33,14 +35,14 @@ from __future__ import annotations
 import importlib.util
 import json
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import trainers
-from records import conclude, parser, table
+from records import conclude, parser, table, write_record
 from torch import nn
 from turns import WARM_UP, Turn, alternate
 from workloads import GSM8K_LENGTHS, Row, row
@@ -52,8 +54,6 @@ MODELS = {
     "0.6B": (1024, 3072, 28, 16, True), "1.7B": (2048, 6144, 28, 16, True), "8B": (4096, 12_288, 36, 32, False),
     "toy": (64, 128, 2, 4, True),
 }  # fmt: skip
-# Full training holds 16 bytes per parameter: of the 8B model so many layers leave room for activations on 80 GB.
-FULL_LAYERS = {"8B": 12}
 OPERATORS = 16  # of a profiled step that are kept
 CAUSAL_MFU, WEDLM_MFU, OVER_DENSE = 0.50, 0.45, 3.0  # demanded
 WAYS = ("ours", "dense", "TRL", "TRL, flash")
@@ -177,30 +177,48 @@ def flash_attention(dry: bool) -> str | None:
 
 
 def measured_facts(case: Case, packs: list[list[Row]], backend: str) -> dict[str, Any]:
-    """In a process of its own: useful FLOPs of a step, what ran, and the operators of a profiled step."""
-    from torch.profiler import ProfilerActivity, profile
-
+    """In a process of its own: useful FLOPs of a step, what ran, and the operators of the last step of a training."""
+    steps = WARM_UP + 1
     with tempfile.TemporaryDirectory() as folder:
-        trainer = our_trainer(case, packs, trainers.settings(folder, 2), backend)
-        batches = [batch for _, batch in zip(packs, trainer.get_train_dataloader(), strict=False)]
-        flops = [useful_flops(trainer.model, batch) for batch in batches]
-        batch = trainer._prepare_inputs(batches[0])
-        trainer.model.train()
-        trainer.training_step(trainer.model, batch)  # compiles
-        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
-        with profile(activities=activities) as profiled:
-            trainer.training_step(trainer.model, batch)
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-        key = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
-        events = sorted(profiled.key_averages(), key=lambda event: -getattr(event, key))
-        return {
-            "backend": trainer.layout.name,
-            "useful_flops": float(np.median(flops)),
-            "clean_tokens": float(np.median([sum(len(r["input_ids"]) for r in pack) for pack in packs])),
-            "all_operators_ms": sum(getattr(event, key) for event in events) / 1e3,
-            "operators_ms": {event.key[:80]: getattr(event, key) / 1e3 for event in events[:OPERATORS]},
-        }
+        trainer = our_trainer(case, packs, trainers.settings(folder, steps), backend)
+        batches = trainer.get_train_dataloader()
+        flops = [useful_flops(trainer.model, batch) for _, batch in zip(packs, batches, strict=False)]
+        watch = profiled_step(steps)
+        trainer.add_callback(watch)
+        trainer.train()
+    key = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+    events = sorted(watch.profile.key_averages(), key=lambda event: -getattr(event, key))
+    return {
+        "backend": trainer.layout.name,
+        "useful_flops": float(np.median(flops)),
+        "all_operators_ms": sum(getattr(event, key) for event in events) / 1e3,
+        "operators_ms": {event.key[:80]: getattr(event, key) / 1e3 for event in events[:OPERATORS]},
+    }
+
+
+def profiled_step(number: int) -> Any:
+    """A callback whose ``profile`` sees step ``number``, counted from 1, whole."""
+    from torch.profiler import ProfilerActivity, profile
+    from transformers import TrainerCallback
+
+    on_cuda = torch.cuda.is_available()
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])]
+
+    class Profiled(TrainerCallback):
+        def __init__(self) -> None:
+            self.profile = profile(activities=activities)
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == number - 1:
+                self.profile.start()
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == number:
+                if on_cuda:
+                    torch.cuda.synchronize()
+                self.profile.stop()
+
+    return Profiled()
 
 
 def useful_flops(model: Any, batch: dict[str, Any]) -> float:
@@ -242,6 +260,27 @@ def _facts_way(turn: Turn, steps: int, case: Case, packs: list[list[Row]], path:
     return []
 
 
+def layers_of(case: Case, memory: float | None) -> int:
+    """The most layers, the model's own at most, with which the planner says that a case fits into ``memory`` GiB; at least 1."""
+    from hf_sft import LoraArguments
+    from hf_sft.memory.activations import MicroBatch
+    from hf_sft.memory.plan import Plan, estimate, fits
+
+    own = MODELS[case.model][2]
+    if memory is None:
+        return own
+
+    def total(layers: int) -> int:
+        checkpointing = {} if case.checkpointing is None else {"checkpointing": True, "policy": case.checkpointing}
+        plan = Plan(
+            config_of(replace(case, layers=layers)), case.mode, LoraArguments(lora_rank=16),
+            batch=MicroBatch(1, case.length, case.objective), **checkpointing,
+        )  # fmt: skip
+        return estimate(plan).total
+
+    return next((layers for layers in (own, *range(own - own % 4, 0, -4)) if fits(total(layers), memory)), 1)
+
+
 def ways_of(case: Case, packs: list[list[Row]]) -> tuple[dict[str, Any], dict[str, str]]:
     """The ways to take a case's steps, and what cannot be taken here, with the reason."""
     how = {"case": case, "packs": packs}
@@ -263,24 +302,30 @@ def run(case: Case, steps: int, stretch: float) -> dict[str, Any]:
 
     packs = packs_of(case, steps + WARM_UP, stretch)
     ways, not_run = ways_of(case, packs)
-    result: dict[str, Any] = {**asdict(case), "not_run": not_run, "failed": {}}
+    clean = float(np.median([sum(len(r["input_ids"]) for r in pack) for pack in packs]))
+    result: dict[str, Any] = {**asdict(case), "clean_tokens": clean, "not_run": not_run, "failed": {}}
     with tempfile.TemporaryDirectory() as folder:
         path = str(Path(folder) / "facts.json")
-        alternate({"facts": (_facts_way, {"case": case, "packs": packs, "path": path})}, 1)
-        result |= json.loads(Path(path).read_text())
+        try:
+            alternate({"facts": (_facts_way, {"case": case, "packs": packs, "path": path})}, 1)
+            result |= json.loads(Path(path).read_text())
+        except RuntimeError as error:
+            result["failed"]["facts"] = str(error).strip()
+    useful = result.get("useful_flops")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     peak = device_peak(device, torch.bfloat16)
     for name, way in ways.items():
         try:
             course = alternate({name: way}, steps)[name]
         except RuntimeError as error:  # out of memory, mostly: that is a result too
-            result["failed"][name] = str(error).strip().splitlines()[-1]
+            result["failed"][name] = str(error).strip()
             continue
         policy = case.checkpointing and (TRL_CHECKPOINTING[case.checkpointing] if way[0] is trl else case.checkpointing)
         result[name] = {
-            "seconds": course.median, "tokens_per_second": result["clean_tokens"] / course.median, "peak_mb": course.peak,
-            "mfu": None if peak is None else result["useful_flops"] / (course.median * peak), "losses": course.losses,
-            "attention": way[1].get("attention") or (result["backend"] if name == "ours" else name), "checkpointing": policy,
+            "seconds": course.median, "tokens_per_second": clean / course.median, "peak_mb": course.peak,
+            "mfu": None if peak is None or useful is None else useful / (course.median * peak), "losses": course.losses,
+            "attention": way[1].get("attention") or (result.get("backend", "auto") if name == "ours" else name),
+            "checkpointing": policy,
         }  # fmt: skip
     return result
 
@@ -299,6 +344,8 @@ def _missed_by(r: dict[str, Any]) -> list[str]:
         return []
     if "ours" not in r:
         return ["ours did not run"]
+    if "facts" in r["failed"]:
+        return ["the useful FLOPs were not counted"]
     mfu, demanded = r["ours"]["mfu"], WEDLM_MFU if wedlm else CAUSAL_MFU
     if mfu is None:
         return []
@@ -314,7 +361,9 @@ def _words(r: dict[str, Any]) -> str:
 
 
 def where_time_goes(r: dict[str, Any]) -> str:
-    """The operators of a run as a table: those of the profiled step that take the most."""
+    """The operators of a run as a table: those of the profiled step that take the most; "" where none was."""
+    if "operators_ms" not in r:
+        return ""
     shares = {name: spent / r["all_operators_ms"] for name, spent in r["operators_ms"].items()}
     body = [[name, f"{spent:.1f}", f"{shares[name]:.0%}"] for name, spent in r["operators_ms"].items()]
     return table([f"operators of {_words(r)}", "ms", "of the step's"], body)
@@ -328,7 +377,7 @@ def markdown(record: dict[str, Any]) -> str:
             what = [f"{r['model']}, {r['layers']} layers", r["mode"], r["objective"], name]
             reason = r["failed"].get(name) or r["not_run"].get(name)
             if reason:
-                body.append([*what, "", reason[:60], "", "", ""])
+                body.append([*what, "", reason.splitlines()[-1][:60], "", "", ""])
             elif name in r:
                 one, mfu = r[name], r[name]["mfu"]
                 rest = ["-" if mfu is None else f"{mfu:.0%}", f"{one['peak_mb'] / 1e3:.1f}"]
@@ -338,6 +387,15 @@ def markdown(record: dict[str, Any]) -> str:
     return table(head, body)
 
 
+def tell(r: dict[str, Any], *, where: bool) -> None:
+    """Print what came of a case: figures, errors in full, and, if asked for or a demand is missed, where the time goes."""
+    print(markdown({"runs": [r]}), flush=True)
+    for name, error in r["failed"].items():
+        print(f"{_words(r)}, {name} failed:\n{error}", flush=True)
+    if where or missed([r]):
+        print(where_time_goes(r), flush=True)
+
+
 def main() -> None:
     words = parser(__doc__, "gpu", steps=6)
     words.add_argument("--models", nargs="+", choices=list(MODELS), default=["0.6B", "1.7B", "8B"])
@@ -345,7 +403,7 @@ def main() -> None:
     words.add_argument("--objectives", nargs="+", choices=("causal", "wedlm"), default=["causal", "wedlm"])
     words.add_argument("--length", type=int, default=8192)
     words.add_argument("--stretch", type=float, default=4.0, help="documents are so many times as long as gsm8k's")
-    words.add_argument("--layers", type=int, help="of every model; default: its own, fewer where full training asks")
+    words.add_argument("--layers", type=int, help="of every model; default: its own, fewer where memory asks")
     words.add_argument(
         "--checkpointing", nargs="?", const="full", choices=list(TRL_CHECKPOINTING), help="of all ways; default: none"
     )
@@ -353,19 +411,18 @@ def main() -> None:
     options = words.parse_args()
     if not options.dry_run and not torch.cuda.is_available():
         words.error("no CUDA device is here: run it where there is one, or with --dry_run")
-    runs = []
+    memory = None if options.dry_run else torch.cuda.get_device_properties(0).total_memory / 2**30
+    name, runs = "gpu_dry_run" if options.dry_run else "gpu", []
     for model in ["toy"] if options.dry_run else options.models:
         for mode in options.modes:
-            layers = options.layers or (FULL_LAYERS.get(model) if mode == "full" else None) or MODELS[model][2]
             for objective in options.objectives:
                 length = 256 if options.dry_run else options.length
-                case = Case(model, mode, objective, length, layers, options.checkpointing, options.dry_run)
+                case = Case(model, mode, objective, length, MODELS[model][2], options.checkpointing, options.dry_run)
+                case = replace(case, layers=options.layers or layers_of(case, memory))
                 runs.append(run(case, options.steps, 0.3 if options.dry_run else options.stretch))
-                print(markdown({"runs": runs[-1:]}), flush=True)
-                if options.dry_run or missed(runs[-1:]):
-                    print(where_time_goes(runs[-1]), flush=True)
-    record = {"note": options.note, "missed": missed(runs), "runs": runs}
-    conclude("gpu_dry_run" if options.dry_run else "gpu", record, options.output)
+                write_record(name, {"note": options.note, "missed": missed(runs), "runs": runs}, options.output)
+                tell(runs[-1], where=options.dry_run)
+    conclude(name, {"note": options.note, "missed": missed(runs), "runs": runs}, options.output)
 
 
 if __name__ == "__main__":

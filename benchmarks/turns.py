@@ -1,4 +1,4 @@
-"""Several ways to do the same work, each in a process of its own, step by step in turn.
+"""Several ways to do the same work, each in a process of its own, step by step in turn, in an order that is drawn for each step.
 
 A slow moment of the machine hits all ways alike, none warms the caches of another, and each process has a peak of memory of its
 own. While one makes its step the others wait for a message and compute nothing.
@@ -7,7 +7,7 @@ own. While one makes its step the others wait for a message and compute nothing.
 from __future__ import annotations
 
 import multiprocessing
-import os
+import random
 import re
 import statistics
 import time
@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 WARM_UP = 2  # steps of each way that do not count
 # Takes turns with ``Turn`` and returns the loss of every step (none: an empty list). A function of a module, which a new process
@@ -93,18 +92,11 @@ def memory() -> float:
     return int(found) * 1024 / 1e6
 
 
-def alternate(
-    ways: Mapping[str, Way],
-    steps: int,
-    *,
-    together: bool = True,
-    environment: Mapping[str, Mapping[str, str]] | None = None,
-) -> dict[str, Course]:
+def alternate(ways: Mapping[str, Way], steps: int, *, together: bool = True) -> dict[str, Course]:
     """``steps`` steps of each way after those that warm up.
 
     Args:
         together: in turn; else one way after the other, where not all fit into the memory of one device.
-        environment: way -> variables that its process starts with, beside those of this one.
 
     Raises:
         RuntimeError: a way failed; with its traceback.
@@ -112,7 +104,7 @@ def alternate(
     groups = [dict(ways)] if together else [{name: way} for name, way in ways.items()]
     courses: dict[str, Course] = {}
     for group in groups:
-        courses |= _alternate(group, steps + WARM_UP, environment or {})
+        courses |= _alternate(group, steps + WARM_UP)
     return courses
 
 
@@ -141,14 +133,13 @@ def largest_difference(found: Mapping[str, Course], ours: str) -> float:
     return max(abs(a / b - 1) for course in found.values() for a, b in zip(course.losses, own, strict=True))
 
 
-def _alternate(ways: Mapping[str, Way], steps: int, environment: Mapping[str, Mapping[str, str]]) -> dict[str, Course]:
+def _alternate(ways: Mapping[str, Way], steps: int) -> dict[str, Course]:
     context = multiprocessing.get_context("spawn")
     processes, connections = {}, {}
     for name, (function, values) in ways.items():
         connections[name], theirs = context.Pipe()
         processes[name] = context.Process(target=_work, args=(function, values, steps, theirs), daemon=True)
-        with mock.patch.dict(os.environ, environment.get(name, {})):
-            processes[name].start()
+        processes[name].start()
         theirs.close()
 
     def hear(name: str, kind: str) -> Any:
@@ -163,8 +154,10 @@ def _alternate(ways: Mapping[str, Way], steps: int, environment: Mapping[str, Ma
     try:
         before = {name: hear(name, "ready") for name in ways}
         seconds: dict[str, list[float]] = {name: [] for name in ways}
+        draw, order = random.Random(0), list(ways)
         for _ in range(steps):
-            for name in ways:
+            draw.shuffle(order)  # none is always the one that follows the slowest
+            for name in order:
                 connections[name].send("go")
                 seconds[name].append(hear(name, "step"))
         ends = {name: hear(name, "done") for name in ways}

@@ -326,14 +326,14 @@ def checkpointing_problems(policy: str, training: Any) -> Iterator[str]:
         for name in ("checkpointing", "checkpointing_kwargs")
     )
     config = getattr(training, "fsdp_config", None)
-    if isinstance(config, Mapping) and _is_true(config.get("activation_checkpointing")):
+    if isinstance(config, Mapping) and is_true(config.get("activation_checkpointing")):
         yield (
             f"{said}, and fsdp_config asks for FSDP's own activation checkpointing, which computes everything again: set "
             "activation_checkpointing to true beside fsdp_config instead, or leave the policy out"
         )
     elif not on:
         yield f"{said} and activation_checkpointing is not true: set it, or leave the policy out"
-    if isinstance(settings, Mapping) and _is_true(settings.get("use_reentrant")):
+    if isinstance(settings, Mapping) and is_true(settings.get("use_reentrant")):
         yield (
             f"{said} and activation_checkpointing_kwargs has use_reentrant true, which keeps a layer's input alone: set it to "
             "false, or leave the policy out"
@@ -344,7 +344,8 @@ def checkpointing_problems(policy: str, training: Any) -> Iterator[str]:
         )
 
 
-def _is_true(value: Any) -> bool:
+def is_true(value: Any) -> bool:
+    """Nested settings say it as a word, too."""
     return str(value).lower() in ("true", "1", "yes")
 
 

@@ -220,7 +220,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                     if rows_c is not None:
                         grad_hidden[part] += product(own_grad, rows_c)
                 if grad_rows is not None:
-                    grad_rows += product(own_grad.t(), hidden_c)
+                    grad_rows += _summed(own_grad.t(), hidden_c, acc_dtype)
                 if grad_weight is not None:
                     grad_weight.add_product(grad_c.t(), hidden_c)
             loss = torch.dot(nll, row_weight.to(acc_dtype))
@@ -286,6 +286,16 @@ class _ChunkedThroughHead(torch.autograd.Function):
         return None, None, None, grad_hidden, None, None, None, None, *of_parameters
 
 
+def _summed(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """``left @ right`` over the rows of a chunk, of float16 in ``dtype``: the sum may pass 65,504, and no scale of the loss
+    helps, since gradients are taken before it is known."""
+    if left.dtype != torch.float16 or dtype == left.dtype:
+        return product(left, right)
+    if left.device.type == "cuda":
+        return torch.mm(left, right, out_dtype=dtype)
+    return product(left.to(dtype), right.to(dtype))
+
+
 class _GradientSum:
     """The gradient [V, H] of a weight over the chunks; the first product is the sum, so that nothing is filled with zeros."""
 
@@ -302,11 +312,11 @@ class _GradientSum:
             added = product(right.t(), left.t())
             self._transposed = added if self._transposed is None else self._transposed.add_(added)
         elif self._sum is None:
-            self._sum = torch.mm(left, right).to(self._dtype)
+            self._sum = _summed(left, right, self._dtype).to(self._dtype)
         elif self._sum.dtype == left.dtype:
             self._sum.addmm_(left, right)
         else:
-            self._sum += torch.mm(left, right)
+            self._sum += _summed(left, right, self._dtype)
 
     def total(self) -> Tensor:
         """The sum, zero without chunks."""

@@ -7,6 +7,7 @@ import math
 import re
 import sys
 import time
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -33,6 +34,8 @@ from floor import products_seconds
 from hf_sft import products
 from hf_sft.attention.layout import Layout
 from hf_sft.collators import WeDLMCollator
+from hf_sft.memory.activations import MicroBatch
+from hf_sft.memory.plan import Plan, estimate
 from hf_sft.noise import MaskRule
 
 
@@ -285,7 +288,7 @@ def test_trl_gets_flash_attention_where_there_is_one_and_a_record_says_where_the
 def test_demands_on_a_gpu_that_are_missed_are_named():
     def measured(mfu: float | None, dense: float = 3.0, **changes: Any) -> dict[str, Any]:
         case = {"model": "8B", "mode": "full", "objective": "causal", "length": 8192, **changes}
-        return {**case, "ours": {"mfu": mfu, "seconds": 1.0}, "dense": {"seconds": dense}}
+        return {**case, "ours": {"mfu": mfu, "seconds": 1.0}, "dense": {"seconds": dense}, "failed": {}}
 
     assert gpu.missed([measured(0.5), measured(0.1, model="1.7B"), measured(0.1, mode="lora"), measured(None)]) == []
     assert gpu.missed([measured(0.49)]) == ["8B full causal: 49% MFU of 50%"]
@@ -294,6 +297,57 @@ def test_demands_on_a_gpu_that_are_missed_are_named():
     assert gpu.missed([measured(0.45, 2.9, objective="wedlm", length=4096)]) == []
     broken = {key: value for key, value in measured(0.5).items() if key != "ours"}
     assert gpu.missed([broken]) == ["8B full causal: ours did not run"]
+
+
+def test_the_profiled_step_is_one_of_a_training(monkeypatch):
+    """Under autocast, in bf16, with activation checkpointing: what every other step is as well."""
+    seen: list[tuple[bool, bool]] = []
+
+    def build(case: gpu.Case) -> Any:
+        model = whole(case)
+        model.model.register_forward_pre_hook(
+            lambda module, _: (
+                seen.append((torch.is_autocast_enabled("cpu"), module.is_activation_checkpointing))
+                if module.training
+                else None
+            )
+        )
+        return model
+
+    whole = gpu.build
+    monkeypatch.setattr(gpu, "build", build)
+    monkeypatch.setattr(gpu, "same", lambda _: {"bf16": True})
+    monkeypatch.setattr(trainers, "quiet", lambda: None)
+    case = toy(checkpointing="full")
+    facts = gpu.measured_facts(case, gpu.packs_of(case, 3, 0.2), "segment")
+    assert seen == [(True, True)] * 3 and facts["useful_flops"] > 0
+    assert facts["all_operators_ms"] > sum(facts["operators_ms"].values()) * 0.99 > 0
+
+
+def test_what_fails_costs_no_other_result(monkeypatch, here):
+    def facts(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("worker:\nout of memory")
+
+    course = turns.Course([1.0], [2.0], 0.0, 3.0)
+    monkeypatch.setattr(
+        gpu, "alternate", lambda ways, _: facts() if {"facts", "TRL"} & ways.keys() else dict.fromkeys(ways, course)
+    )
+    result = gpu.run(toy(), 1, 0.2)
+    assert result["failed"] == {"facts": "worker:\nout of memory", "TRL": "worker:\nout of memory"}
+    assert result["ours"]["seconds"] == result["dense"]["seconds"] == 1.0 and result["ours"]["mfu"] is None
+    assert "out of memory" in gpu.markdown({"runs": [result]}) and gpu.where_time_goes(result) == ""
+    assert gpu.missed([{**result, "model": "8B"}]) == ["8B full causal: the useful FLOPs were not counted"]
+
+
+def test_the_planner_says_how_many_layers_are_taken(monkeypatch):
+    monkeypatch.setattr(gpu, "MODELS", {**gpu.MODELS, "toy": (64, 128, 12, 4, True)})
+    case = toy(layers=12)
+    assert gpu.layers_of(case, None) == gpu.layers_of(case, 80.0) == 12
+    plan = Plan(gpu.config_of(replace(case, layers=8)), case.mode, batch=MicroBatch(1, case.length))
+    room = (1.1 * estimate(plan).total + 2 * 2**30) / 2**30
+    assert gpu.layers_of(case, room * 1.00001) == 8 and gpu.layers_of(case, 0.1) == 1
+    fewer = gpu.layers_of(replace(case, objective="wedlm"), room * 1.00001)
+    assert fewer < 8  # noisy streams stand in memory as well
 
 
 def test_a_dry_run_takes_the_road_of_the_gpu(here, monkeypatch, tmp_path, capsys):

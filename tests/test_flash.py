@@ -169,7 +169,7 @@ def test_other_devices_are_refused() -> None:
     with pytest.raises(ValueError, match="runs on CUDA alone, and the model is on cpu: choose"):
         call()
     with pytest.raises(
-        ValueError, match="attention_backend is flash and the model is on a CPU, where flash kernels do not run"
+        ValueError, match="attention_backend is flash and the training is on a CPU, where flash kernels do not run"
     ):
         choose_layout(tiny.tiny_model("llama"), "flash")
 

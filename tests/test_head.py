@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from hf_sft import losses
 from hf_sft.losses import score_through
-from hf_sft.models.head import HeadScorer
+from hf_sft.models.head import HeadScorer, logit_transform
 from hf_sft.models.wrappers import evaluating
 
 IDS = torch.arange(40)[None] * 7 % 259
@@ -121,6 +121,29 @@ def test_chunks_give_what_whole_logits_give(kind):
     nothing = dict(rows=ROWS[:0], targets=TARGETS[:0], weight=WEIGHTS[:0])
     assert_same(scored(model, True, **nothing), scored(model, False, **nothing))
     assert_same(scored(model, True, grad=False), (want[0], {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "family, config", [("gemma2", {"final_logit_softcapping": 30.0}), ("granite", {"logits_scaling": 1.5})]
+)
+def test_what_the_config_does_not_name_is_found_with_new_weights(family, config, dtype, caplog):
+    model = tiny.tiny_model(family, **config).to(dtype)
+    assert HeadScorer(model).verify(model, IDS) and not caplog.text
+    scorer = HeadScorer(model)
+    scorer.transform = losses.LogitTransform(1.0, None)
+    assert not scorer.verify(model, IDS) and "the model's logits are not what" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "name, want",
+    [("final_logit_softcapping", (1.0, 30.0)), ("logits_soft_cap", (1.0, 30.0)), ("output_logit_soft_cap", (1.0, 30.0))]
+    + [("logit_scale", (30.0, None)), ("lm_head_multiplier", (30.0, None)), ("logits_scaling", (1 / 30, None))],
+)
+def test_configs_name_caps_and_scales_in_several_ways(name, want):
+    config = tiny.tiny_model().config
+    setattr(config, name, 30.0)
+    assert logit_transform(config) == losses.LogitTransform(*want)
 
 
 def test_four_bit_heads_are_scored_in_chunks():

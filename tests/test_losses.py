@@ -76,6 +76,22 @@ def test_tiny_weights_do_not_underflow_in_float16() -> None:
         assert (got.float() - want.float()).norm() <= 2e-3 * want.float().norm()
 
 
+@pytest.mark.parametrize("replaced", [False, True])
+def test_many_rows_of_one_target_do_not_overflow_in_float16(replaced: bool) -> None:
+    """The sum over a chunk passes 65,504 where the gradient, its mean, is 30; no scale of the loss can tell."""
+    count = 4000
+    h = (torch.randn(count, 16, generator=torch.Generator().manual_seed(0)) / 10).half()
+    h[:, 0] = 30
+    w = torch.zeros(40, 16, dtype=torch.float16, requires_grad=not replaced)
+    rows = torch.zeros(2, 16, dtype=torch.float16, requires_grad=replaced)
+    target, weight = torch.full((count,), 3), torch.full((count,), 1 / count)
+    own = ReplacedRows(torch.tensor([3, 7]), rows) if replaced else None
+    (got,) = grads(score_rows(h, w, None, target, weight, replaced=own).loss, rows if replaced else w)
+    exact = w.detach().double().requires_grad_()
+    (want,) = grads(plain(h.double(), exact, None, target, weight, LogitTransform())[0], exact)
+    torch.testing.assert_close(got.double(), want[[3, 7]] if replaced else want, rtol=2e-3, atol=2e-3)
+
+
 def test_frozen_parts_get_no_gradient_and_no_work() -> None:
     h, w, b, target, weight = make(20)
     scores = score_rows(h, w.detach(), None, target, weight)

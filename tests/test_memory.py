@@ -330,6 +330,19 @@ def test_onednn_adds_to_nothing(monkeypatch, case: str):
     assert most[0] - most[1] == (4096 * size * 4 if case == "float32" else 0)
 
 
+@pytest.mark.parametrize("kinds", [["full_attention"], ["sliding_attention", "full_attention"]])
+def test_masks_stand_once_for_each_kind_of_layer(kinds: list[str]):
+    def found(layers: int) -> Any:
+        shape = config_of("gemma2", num_hidden_layers=layers, sliding_window=16)
+        shape.layer_types = (kinds * layers)[:layers]
+        return activations_of(shape, Run("full", attention="dense"), MicroBatch(1, 64))
+
+    two, six = found(2), found(6)
+    assert two == six and six.mask > 64 * 64 * len(kinds)
+    one = found(1)
+    assert (one.mask * len(kinds), one.layer) == (six.mask, six.layer)
+
+
 def test_log_softmax_has_memory_of_its_own_on_cuda():
     config = config_of("llama")
     on = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 
 import pytest
 import tiny
@@ -86,13 +87,37 @@ class CountedDPO(Counted, DPOTrainer):
     pass
 
 
+def test_what_is_counted_on_the_host_goes_to_the_device_without_a_wait(monkeypatch, tmp_path):
+    """Totals of an optimizer step, by the way that does not wait; a plain copy would, for all that the device has still to do."""
+    from hf_sft.training import bin_trainer
+
+    sent = []
+    send = bin_trainer.sent_to
+    monkeypatch.setattr(bin_trainer, "sent_to", lambda made, device: sent.append(made.dtype) or send(made, device))
+    trainer = SFTTrainer(
+        tiny.tiny_model(), TrainingArguments(output_dir=str(tmp_path), max_steps=2, use_cpu=True, report_to="none"),
+        train_dataset=[{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}] * 8, data_args=DataArguments(max_seq_length=8),
+    )  # fmt: skip
+    trainer.train()
+    assert sent == [torch.float64] * 2
+
+
 class Awake:
     """CUDA raises where the host waits for it, from the second step on: in the first one kernels are loaded."""
 
+    def get_batch_samples(self, *args, **kwargs):
+        with self.awake():
+            return super().get_batch_samples(*args, **kwargs)
+
     def training_step(self, *args, **kwargs):
+        with self.awake():
+            return super().training_step(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def awake(self):
         torch.cuda.set_sync_debug_mode("error" if self.state.global_step else "default")
         try:
-            return super().training_step(*args, **kwargs)
+            yield
         finally:
             torch.cuda.set_sync_debug_mode("default")
 

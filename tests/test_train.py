@@ -52,6 +52,14 @@ def test_the_saved_model_stops_where_it_learned_to_stop(tmp_path) -> None:
         assert set(json.loads((out / "generation_config.json").read_text())["eos_token_id"]) == {end, eos}
 
 
+@pytest.mark.parametrize("backend", ["flash", "flex"])
+def test_a_backend_that_cannot_train_here_is_refused_before_data_are_read(tmp_path, monkeypatch, backend: str) -> None:
+    values = runs.arguments(tmp_path, attention_backend=backend)
+    monkeypatch.setattr("hf_sft.tasks.read_data_side", lambda *_: pytest.fail("data are read"))
+    with pytest.raises(ValueError, match=f"attention_backend is {backend} and the training is on a CPU"):
+        runs.train(values)
+
+
 @pytest.mark.parametrize("mode", ["lora", "qlora"])
 def test_an_adapter_reloads_and_merges_to_the_trained_model(tmp_path, mode: str) -> None:
     from peft import PeftModel

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from pathlib import Path
@@ -21,11 +20,6 @@ def two_steps(turn: turns.Turn, steps: int, pause: float) -> list[float]:
     return [pause] * steps
 
 
-def environment(turn: turns.Turn, steps: int) -> list[float]:
-    """1 where the process has begun with the variable."""
-    return two_steps(turn, steps, 0.0) and [float(os.environ.get("OF_ONE_WAY", 0))]
-
-
 def breaks(turn: turns.Turn, steps: int) -> list[float]:
     turn.begin()
     raise ValueError("no more")
@@ -39,12 +33,6 @@ def test_processes_take_turns_and_a_failure_has_its_traceback():
     assert 0 < found["short"].before <= found["short"].peak
     with pytest.raises(RuntimeError, match=r"(?s)bad failed:.*ValueError: no more"):
         turns.alternate({"bad": (breaks, {})}, 1)
-
-
-def test_a_way_has_an_environment_of_its_own():
-    ways = {"with": (environment, {}), "without": (environment, {})}
-    found = turns.alternate(ways, 1, environment={"with": {"OF_ONE_WAY": "1"}})
-    assert [course.losses for course in found.values()] == [[1.0], [0.0]] and "OF_ONE_WAY" not in os.environ
 
 
 def test_the_median_is_of_the_steps_that_count():

@@ -50,7 +50,7 @@ def segment_attention(query: Tensor, key: Tensor, value: Tensor, layout: Layout,
     outputs = []
     if layout.pieces is None:
         for q, k, v in documents:
-            outputs.append(_attend_causal(q, k, v, rules))
+            outputs.append(_attend_causal(q, k, v, layout, rules))
     else:
         start = 0
         for (q, k, v), (length, groups) in zip(documents, layout.pieces, strict=True):
@@ -67,11 +67,11 @@ def _for_each_query_head(query: Tensor, key: Tensor, value: Tensor) -> tuple[Ten
     return key.repeat_interleave(shared, dim=1), value.repeat_interleave(shared, dim=1)
 
 
-def _attend_causal(q: Tensor, k: Tensor, v: Tensor, rules: Rules) -> Tensor:
-    """One clean stream; the mask is written out only where a sliding window ends before the document does."""
-    window = rules.sliding_window
-    beyond = window is not None and q.shape[2] > window
-    mask = causal_mask(q.shape[2], window, q.device) if beyond else None
+def _attend_causal(q: Tensor, k: Tensor, v: Tensor, layout: Layout, rules: Rules) -> Tensor:
+    """One clean stream; a mask is written out, once for all layers, only where a sliding window ends before the document."""
+    window, length = rules.sliding_window, q.shape[2]
+    beyond = window is not None and length > window
+    mask = layout.kept(("window", length, window), lambda: causal_mask(length, window, q.device)) if beyond else None
     return _attend(q, k, v, mask, mask is None, rules)
 
 
@@ -89,7 +89,7 @@ def _attend_dual(
     itself, so that the cost is near the area of the rule. ``start`` is the document's first row."""
     sizes = [clean, *(group.length for group in groups)]
     (q0, *q_groups), (k0, *k_groups), (v0, *v_groups) = (stream.split(sizes, dim=2) for stream in (q, k, v))
-    outputs = [_attend_causal(q0, k0, v0, rules)]
+    outputs = [_attend_causal(q0, k0, v0, layout, rules)]
     row = start + clean
     for group, q_n, k_n, v_n in zip(groups, q_groups, k_groups, v_groups, strict=True):
         mask = layout.group_mask(start, row, group, rules.sliding_window)

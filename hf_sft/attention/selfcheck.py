@@ -86,11 +86,7 @@ def choose_layout(
     wedlm = mask_token_id is not None
     if requested != "auto":
         backend_named(requested, wedlm=wedlm)  # an unknown name, or one that cannot be
-    if requested in _NOT_ON_CPU and base.device.type == "cpu":
-        raise ValueError(
-            f"attention_backend is {requested} and the model is on a CPU, {_NOT_ON_CPU[requested]}: choose auto, segment or "
-            "dense, or train on CUDA"
-        )
+    refuse_on_cpu(requested, base.device)
     _own_attention(base)
     if packing is False and wedlm:
         raise ValueError(
@@ -132,6 +128,15 @@ def choose_layout(
         )
     logger.warning("%s cannot be packed (%s): training on padded batches", type(base).__name__, reasons)
     return Choice(None, reasons)
+
+
+def refuse_on_cpu(requested: str, device: torch.device) -> None:
+    """Raise ValueError where the backend ``requested`` does not train on ``device``; can be asked before there is a model."""
+    if requested in _NOT_ON_CPU and device.type == "cpu":
+        raise ValueError(
+            f"attention_backend is {requested} and the training is on a CPU, {_NOT_ON_CPU[requested]}: choose auto, segment or "
+            "dense, or train on CUDA"
+        )
 
 
 def install_layout(model: nn.Module, backend: Backend | None) -> None:

@@ -111,6 +111,7 @@ def plan_of(values: Mapping[str, Any], devices: int | None = None, config: Any =
         devices: processes; default: 8 with an engine that shards, else 1.
         config: of the model; default: what the values name.
     """
+    from hf_sft.checks import is_true
     from hf_sft.parsing import parse_values
 
     values = dict(values)
@@ -120,7 +121,7 @@ def plan_of(values: Mapping[str, Any], devices: int | None = None, config: Any =
         values["model_name_or_path"] = scratch["config_name_or_path"]
     elif scratch:
         raise ValueError("config_overrides changes a config: name it with --config_name_or_path")
-    device = "cpu" if str(values.get("use_cpu")).lower() == "true" else "cuda"
+    device = "cpu" if is_true(values.get("use_cpu")) else "cuda"
     apart = (*_ENGINE, *(_OF_A_GPU if device == "cuda" else ()))
     own = _own_values({name: values.pop(name) for name in apart if values.get(name) is not None})
     values |= {"use_cpu": True, "train_file": values.get("train_file", "none.jsonl")}
@@ -241,7 +242,7 @@ def _engine(own: Mapping[str, Any], arguments: Arguments, devices: int | None) -
         own: what was kept from ``arguments``, typed.
     """
     from hf_sft.arguments import EngineArguments
-    from hf_sft.checks import check_engine, check_training, checkpointing_problems
+    from hf_sft.checks import check_engine, check_training, checkpointing_problems, is_true
     from hf_sft.engines import engine_settings, read_settings
     from hf_sft.parsing import ArgumentsError
     from hf_sft.training_arguments import kernel_refusals
@@ -258,7 +259,7 @@ def _engine(own: Mapping[str, Any], arguments: Arguments, devices: int | None) -
         raise ArgumentsError([*problems, str(error)]) from None
     training.fsdp_config = found.get("fsdp_config")
     problems += checkpointing_problems(arguments.model.activation_checkpointing_policy, training)
-    by_fsdp = str((training.fsdp_config or {}).get("activation_checkpointing", False)).lower() == "true"
+    by_fsdp = is_true((training.fsdp_config or {}).get("activation_checkpointing"))
     if by_fsdp and training.activation_checkpointing:  # the Trainer refuses them as well
         problems.append(
             "activation_checkpointing and fsdp_config.activation_checkpointing are both true: leave one out"
@@ -273,10 +274,10 @@ def _engine(own: Mapping[str, Any], arguments: Arguments, devices: int | None) -
         }
     if "fsdp" in found:
         sharding = found["fsdp_config"]
-        away = [str(sharding.get("cpu_offload", False)).lower() == "true"] * 2
+        away = [is_true(sharding.get("cpu_offload"))] * 2
         return {
             "engine": "fsdp", "devices": devices or 8, "offload_optimizer": away[0], "offload_param": away[1],
-            "reshard": str(sharding.get("reshard_after_forward", True)).lower() != "false",
+            "reshard": is_true(sharding.get("reshard_after_forward", True)),
             "checkpointing_of_fsdp": by_fsdp,
         }  # fmt: skip
     return {"engine": "ddp" if (devices or 1) > 1 else "none", "devices": devices or 1}

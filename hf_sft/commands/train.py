@@ -38,6 +38,7 @@ def run(arguments: Any) -> int:
     with importing():
         from transformers import set_seed
 
+        from hf_sft.attention.selfcheck import refuse_on_cpu
         from hf_sft.checkpoints import check_checkpoint, check_output_dir, identity, save_arguments, steps_of
         from hf_sft.data.prepared import write_data_report
         from hf_sft.models.loading import load_model
@@ -49,6 +50,7 @@ def run(arguments: Any) -> int:
 
     record = _record(arguments)
     training = arguments.training
+    refuse_on_cpu(arguments.model.attention_backend, training.device)  # before data are read and a model is loaded
     with raised_together():
         if training.process_index == 0:  # the others could meet what this one has begun to write
             check_output_dir(training.output_dir, identity(record), training.resume_from_checkpoint)

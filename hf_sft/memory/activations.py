@@ -153,12 +153,12 @@ def activations_of(config: Any, run: Run, batch: MicroBatch) -> Activations:
         one, two = (_trace(config, run, layers, layout) for layers in (1, 2))
     head, head_kept, head_backward = _head(config, run, tokens, scored, one.hidden)
     copies = [trace.end - trace.saved for trace in (one, two)]
-    mask = one.mask if run.attention == "dense" else 0
+    kept = [trace.saved - trace.mask for trace in (one, two)]
     whole = _whole_weight(config) if run.mode == "qlora" else 0
     return Activations(
         tokens=tokens,
-        layer=two.saved - one.saved,
-        outside=2 * one.saved - two.saved - mask,
+        layer=kept[1] - kept[0],
+        outside=2 * kept[0] - kept[1],
         layer_copies=copies[1] - copies[0],
         outside_copies=2 * copies[0] - copies[1],
         forward=two.peak - two.end + whole,
@@ -166,7 +166,7 @@ def activations_of(config: Any, run: Run, batch: MicroBatch) -> Activations:
         head=head,
         head_kept=head_kept,
         head_backward=head_backward,
-        mask=mask,
+        mask=_masks(config, one),
     )
 
 
@@ -180,7 +180,14 @@ def evaluation_bytes(config: Any, run: Run, batch: MicroBatch, layers: int) -> i
         one, two = (_trace(config, run, count, layout, learns=False) for count in (1, 2))
     head = _head(config, run, tokens, scored, one.hidden, learns=False)[0]
     whole = _whole_weight(config) if run.mode == "qlora" else 0
-    return one.end + (layers - 1) * (two.end - one.end) + max(two.peak - two.end + whole, head)
+    ends = [trace.end - trace.mask for trace in (one, two)]
+    standing = ends[0] + (layers - 1) * (ends[1] - ends[0]) + _masks(config, one)
+    return standing + max(two.peak - two.end + whole, head)
+
+
+def _masks(config: Any, one: _Trace) -> int:
+    """Bytes of the dense backend's masks, one for each kind of layer, of which ``one`` layer has one."""
+    return one.mask * len(set(getattr(config.get_text_config(), "layer_types", None) or [""]))
 
 
 def _whole_weight(config: Any) -> int:
@@ -222,7 +229,7 @@ def _trace(config: Any, run: Run, layers: int, layout: Layout, *, learns: bool =
         known = [*parameters, *(p.grad for p in parameters if p.grad is not None)]
         with torch.set_grad_enabled(learns), LiveBytes(known) as live, run.context():
             inputs = _inputs(base, run, layout)
-            mask = live.now
+            mask = live.now if run.attention == "dense" else 0
             shape = (1, len(layout.doc), embedding.weight.shape[1])
             leaf = any(p.requires_grad for p in embedding.parameters())
             inputs["inputs_embeds"] = torch.zeros(shape, dtype=embedding.weight.dtype, requires_grad=leaf)

@@ -62,12 +62,11 @@ def on_more_devices(plan: Plan, memory: float) -> Change | None:
     optimizer that engines cannot shard."""
     if plan.engine != "none" or plan.optim not in ELEMENTWISE:
         return None
-    plan = next((checkpointed for _, checkpointed in _checkpointing(plan)), plan)
+    asked, plan = next(_checkpointing(plan), ({"activation_checkpointing": True}, plan))
     for devices in _DEVICES:
         candidate = replace(plan, engine="zero3", devices=devices)
         if fits(total := estimate(candidate).total, memory):
-            more = {"activation_checkpointing": True} if plan.checkpointing else {}
-            return Change({"zero_stage": 3, **more}, devices, total, True)
+            return Change({"zero_stage": 3, **asked}, devices, total, True)
     return None
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,8 @@ from hf_sft.models.sharded import is_partitioned
 from hf_sft.models.wrappers import evaluating
 
 logger = logging.getLogger(__name__)
+
+_LARGER, _LARGEST = 100.0, 1e3  # of hidden states, when scores are compared
 
 # [R] the weights of the scored rows, or what makes them of the rows' nll [R]: for losses that are no weighted sum of nlls,
 # d loss / d nll_i is the weight with which row i enters the gradient.
@@ -101,21 +103,30 @@ class HeadScorer:
 
     @torch.no_grad()
     def verify(self, model: nn.Module, input_ids: Tensor) -> bool:
-        """Do the chunked scores of ``input_ids`` [1, L] equal those of the model's full logits? If not, stop chunking."""
+        """Do the chunked scores of ``input_ids`` [1, L] equal those of the model's full logits? If not, stop chunking.
+
+        Asked of the hidden states as they are, and made large: the logits of new weights are too small to meet a cap.
+        """
+        for hidden in (nullcontext(), _amplified(self._head)):
+            with evaluating(model), hidden:  # dropout would draw two different answers
+                same = self._same_scores(model, input_ids)
+            if not same:
+                self._stop_chunking(
+                    "the model's logits are not what its head, with the caps and scales that are read from its config, says"
+                )
+                break
+        return self.chunked
+
+    def _same_scores(self, model: nn.Module, input_ids: Tensor) -> bool:
         rows = torch.arange(input_ids.shape[1], device=input_ids.device)
         weight = torch.ones(len(rows), device=input_ids.device)
-        with evaluating(model):  # dropout would draw two different answers
-            with self.scoring(rows, input_ids[0], weight) as request:
-                model(input_ids=input_ids, use_cache=False)
-            full = score_logits(model(input_ids=input_ids, use_cache=False).logits[0], input_ids[0], weight)
+        with self.scoring(rows, input_ids[0], weight) as request:
+            model(input_ids=input_ids, use_cache=False)
+        full = score_logits(model(input_ids=input_ids, use_cache=False).logits[0], input_ids[0], weight)
         tolerance = 1e-4 if full.nll.dtype == torch.float64 or next(model.parameters()).dtype == torch.float32 else 5e-2
         assert request.scores is not None, "the head was not called"
-        if not torch.allclose(request.scores.nll, full.nll.to(request.scores.nll), rtol=tolerance, atol=tolerance):
-            self._stop_chunking(
-                "the model's logits are not what its head and its config's logit_scale, logits_scaling and "
-                "final_logit_softcapping say"
-            )
-        return self.chunked
+        off = (request.scores.nll - full.nll.to(request.scores.nll)).abs()
+        return bool((off <= tolerance * full.nll.abs().max().clamp_min(1)).all())
 
     def _stop_chunking(self, why: str) -> None:
         self.chunked, self.why_whole = False, why
@@ -168,6 +179,21 @@ class HeadScorer:
 
 
 @contextmanager
+def _amplified(head: nn.Module) -> Iterator[None]:
+    """Within this context ``head`` gets hidden states times 100, or less where numbers would come near float16's largest."""
+
+    def larger(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        hidden = args[0]
+        return (hidden * min(_LARGER, _LARGEST / max(hidden.abs().max().item(), 1e-6)), *args[1:])
+
+    hook = head.register_forward_pre_hook(larger, prepend=True)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+@contextmanager
 def _same_draws(head: nn.Module, device: torch.device) -> Iterator[None]:
     """What the head's dropout draws within is drawn once more afterwards: the rows are scored twice."""
     drops = any(isinstance(part, nn.Dropout) and part.training and part.p for part in head.modules())
@@ -179,12 +205,16 @@ def _same_draws(head: nn.Module, device: torch.device) -> Iterator[None]:
 def logit_transform(config: Any) -> LogitTransform:
     """What the model does to its head's output, read from the config.
 
-    Gemma 2 and 3: ``final_logit_softcapping``; Cohere multiplies by ``logit_scale``; Granite divides by ``logits_scaling``.
+    Gemma 2 and 3: ``final_logit_softcapping``, RecurrentGemma ``logits_soft_cap``, xLSTM ``output_logit_soft_cap``; Cohere
+    multiplies by ``logit_scale``, Falcon-H1 by ``lm_head_multiplier``; Granite divides by ``logits_scaling``.
     """
     config = config.get_text_config()
-    scale = getattr(config, "logit_scale", None) or 1.0
-    scale /= getattr(config, "logits_scaling", None) or 1.0
-    return LogitTransform(float(scale), getattr(config, "final_logit_softcapping", None))
+
+    def said(*names: str) -> float | None:
+        return next((value for name in names if (value := getattr(config, name, None))), None)
+
+    scale = (said("logit_scale", "lm_head_multiplier") or 1.0) / (said("logits_scaling") or 1.0)
+    return LogitTransform(float(scale), said("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap"))
 
 
 def active_head(head: nn.Module | None) -> nn.Module | None:

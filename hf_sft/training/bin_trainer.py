@@ -14,6 +14,7 @@ from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput, seed_worker
 
 from hf_sft.arguments import DataArguments
+from hf_sft.attention.protocol import sent_to
 from hf_sft.attention.selfcheck import Choice
 from hf_sft.collators import Batch, HostParts, LabelsCollator
 from hf_sft.data.bins import BinLoader, Bins, BinSampler, Examples
@@ -201,7 +202,7 @@ class BinTrainer(Trainer):
             return None
         items: Tensor = sum(batch["num_items"] for batch in batch_samples)
         items = torch.cat([items, items.new_tensor([sum(batch["num_tokens"] > 0 for batch in batch_samples)])])
-        items = items.to(device, sum_dtype(device))
+        items = sent_to(items.to(sum_dtype(device)), device)
         return self.accelerator.reduce(items, "sum") if self.args.world_size > 1 else items
 
 
