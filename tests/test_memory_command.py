@@ -56,7 +56,7 @@ def test_the_figures_are_the_rooms(config, inspect):
 @pytest.mark.parametrize("said", [["--bf16"], ["--fp16"], []])
 def test_the_precision_is_named(config, inspect, said):
     found, text = inspect("--model", config, *said)
-    named = f"{said[0].strip('-') if said else 'float32'} arithmetic"
+    named = f"mixed precision {said[0].strip('-')}" if said else "no mixed precision"
     assert found["plan"]["precision"] == named and named in text
 
 

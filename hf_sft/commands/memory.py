@@ -360,7 +360,7 @@ def _described(plan: Plan) -> dict[str, str]:
     return {
         "model": f"{name} ({parameters / 1e9:.2f} x 10^9 parameters)",
         "mode": f"{plan.train_mode}, {state.trained / 1e6:,.1f} x 10^6 trained",
-        "precision": f"{plan.precision or 'float32'} arithmetic",
+        "precision": "no mixed precision" if plan.precision is None else f"mixed precision {plan.precision}",
         "objective": batch.objective,
         "engine": engine + many,
         "tokens": f"{plan.activations.tokens:,} tokens a micro-batch",
