@@ -266,6 +266,10 @@ def markdown(results: dict[str, Any]) -> str:
         body.append(
             [name, f"{seconds:.3f}", f"{rate:,.0f}", f"{results['peak_mb'][name]:,.0f}", *beside(results, name)]
         )
+    for name, gain in (("limit", ""), ("unelided", f"{results['elision_gain']:.2f} times")):
+        seconds = statistics.median(pair[name] for pair in results["half_prompt_seconds"])
+        rate = results["clean_tokens"] / seconds
+        body.append([f"{name}, half of it prompt", f"{seconds:.3f}", f"{rate:,.0f}", "", gain, ""])
     return table(["", "s / step", "clean tokens / s", "peak MB", "ours is faster", "ours needs"], body)
 
 
