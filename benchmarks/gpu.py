@@ -420,9 +420,10 @@ def main() -> None:
                 case = Case(model, mode, objective, length, MODELS[model][2], options.checkpointing, options.dry_run)
                 case = replace(case, layers=options.layers or layers_of(case, memory))
                 runs.append(run(case, options.steps, 0.3 if options.dry_run else options.stretch))
-                write_record(name, {"note": options.note, "missed": missed(runs), "runs": runs}, options.output)
+                record = {"note": options.note, "missed": missed(runs), "runs": runs}
+                write_record(name, record, options.output)
                 tell(runs[-1], where=options.dry_run)
-    conclude(name, {"note": options.note, "missed": missed(runs), "runs": runs}, options.output)
+    conclude(name, record, options.output)
 
 
 if __name__ == "__main__":

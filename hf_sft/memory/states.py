@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from hf_sft.arguments import LoraArguments
+from hf_sft.checks import is_true
 from hf_sft.models.adapters import add_adapter
 from hf_sft.models.families import STATE_SPACE_BARE_LAYERS, STATE_SPACE_TYPES
 from hf_sft.models.freezing import freeze
@@ -238,7 +239,7 @@ def _moments(optim: str, optim_args: str | None) -> int:
     """Numbers that an optimizer of PyTorch holds for each trained one."""
     asked = dict(_name_and_value(part) for part in (optim_args or "").replace(" ", "").split(",") if part)
     momentum = optim in ("sgd", "rmsprop") and float(asked.get("momentum", 0)) != 0
-    centered = optim == "rmsprop" and asked.get("centered", "").lower() in ("true", "1", "yes")
+    centered = optim == "rmsprop" and is_true(asked.get("centered"))
     return {"sgd": 0, "adagrad": 1, "rmsprop": 1}.get(optim, 2) + momentum + centered
 
 
