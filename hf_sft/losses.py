@@ -25,9 +25,10 @@ from torch import Tensor
 
 from hf_sft.products import product, suits
 
-# Bytes of one chunk of logits in the accumulation type; while its gradient is taken a second one stands beside it. A chunk of few
-# rows costs time where the weight is trained: each reads and writes the gradient [V, H].
-CHUNK_BYTES = {"cpu": 1 << 26, "cuda": 1 << 29}
+# Bytes of one chunk of logits in the accumulation type; while its gradient is taken a second one stands beside it. On a CPU glibc
+# maps blocks of 32 MiB and more anew each time, and their pages cost more than the arithmetic on them (mallopt(3)). A chunk of
+# few rows costs time where the weight is trained: each reads and writes the gradient [V, H].
+CHUNK_BYTES = {"cpu": 24 << 20, "cuda": 1 << 29}
 _LEAST_ROWS = 256
 
 

@@ -139,7 +139,7 @@ def test_replaced_rows_are_those_of_a_head_with_these_rows(chunk) -> None:
 
 @pytest.mark.parametrize(
     "vocabulary, trained, rows",
-    [(32_000, True, 524), (32_000, False, 524), (151_680, True, 256), (151_680, False, 110)],
+    [(6400, True, 983), (32_000, True, 256), (32_000, False, 196), (151_680, True, 256), (151_680, False, 41)],
 )
 def test_chunks_have_few_bytes_but_not_few_rows_where_the_weight_is_trained(
     vocabulary, trained, rows, monkeypatch
