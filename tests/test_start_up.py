@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import gc
+import importlib.util
 import json
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import runs
+import tiny
 
 from hf_sft import imports
 from hf_sft.pages import Text
@@ -21,9 +24,10 @@ LIGHT = ("torch", "transformers", "numpy", "pyarrow", "datasets", "peft", "jinja
 # Packages that a plain run has no use for; none of them may come in at all, by whichever way.
 UNUSED = (
     "matplotlib", "sacrebleu", "rouge_score", "nltk", "rapidfuzz", "tensorboard", "trl", "lm_eval", "rich", "wandb", "IPython",
+    "bitsandbytes", "deepspeed",
 )  # fmt: skip
 # And those that transformers, peft and accelerate import wherever they are installed: not by a line of ours.
-THEIRS = ("bitsandbytes", "deepspeed", "sklearn", "scipy", "pandas", "liger_kernel", "flash_attn", "triton")
+THEIRS = ("sklearn", "scipy", "pandas", "liger_kernel", "flash_attn", "triton")
 WATCHING = """
 import gc, json, sys
 importers = {}
@@ -43,7 +47,8 @@ from hf_sft.cli import main
 from hf_sft.imports import take_process
 take_process()
 code = main(["train", *sys.argv[1:]])
-importers = {name: file for name, file in importers.items() if name in sys.modules}  # others were only looked for
+loaded = {name for name, module in sys.modules.items() if type(module).__name__ != "_Deferred"}
+importers = {name: file for name, file in importers.items() if name in loaded}  # others were only looked for
 print("FOUND", json.dumps([code, importers, gc.isenabled(), gc.get_freeze_count()]))
 """
 )
@@ -108,6 +113,16 @@ def test_a_run_imports_nothing_that_it_does_not_use(trained):
     assert enabled and frozen > 100_000  # modules are out of the collector's way, and what training makes is not
 
 
+def test_a_quantized_run_finds_what_was_deferred(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    model = tiny.save_tiny(tmp_path / "wide", hidden_size=64, intermediate_size=64)
+    values = runs.arguments(tmp_path, model_name_or_path=model, train_mode="qlora", max_steps=1, report_to="none")
+    (line,) = [line for line in run(TRAIN, *runs.words(values)).splitlines() if line.startswith("FOUND")]
+    code, importers, *_ = json.loads(line.removeprefix("FOUND"))
+    assert code == 0 and "bitsandbytes" in importers
+    assert (Path(values["output_dir"]) / "adapter_model.safetensors").is_file()
+
+
 def test_a_report_needs_neither_torch_nor_transformers(run_folder):
     code = """
 import sys
@@ -168,6 +183,96 @@ def test_who_has_switched_collection_off_finds_it_off(own_process):
         assert not gc.isenabled()
     finally:
         gc.enable()
+
+
+# ---- libraries that are loaded when they are used ----
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """``slow_package`` with a submodule that needs its parent, deferred; every load of it stands in ``loads``."""
+    folder = tmp_path / "slow_package"
+    folder.mkdir()
+    (folder / "__init__.py").write_text(
+        "import builtins\nbuiltins.loads.append(__name__)\nhere = 'hidden' in globals()\n"
+        "from slow_package import part\nvalue = part.half * 2\n"
+    )
+    (folder / "part.py").write_text("import slow_package\nhalf = 21\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("builtins.loads", [], raising=False)
+    imports.defer("slow_package")
+    yield folder
+    for name in ("slow_package", "slow_package.part"):
+        sys.modules.pop(name, None)
+
+
+def loads() -> list[str]:
+    import builtins
+
+    return builtins.loads  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        "import slow_package; assert slow_package.value == 42",
+        "from slow_package import value; assert value == 42",
+        "import slow_package.part; assert slow_package.part.half == 21",
+        "from slow_package.part import half; assert half == 21",
+        "import importlib; assert importlib.import_module('slow_package').part.half == 21",
+    ],
+)
+def test_a_deferred_package_is_loaded_once_when_it_is_used(package, use):
+    import slow_package
+
+    assert importlib.util.find_spec("slow_package") is slow_package.__spec__
+    imports.defer("slow_package")
+    assert slow_package.__file__ == str(package / "__init__.py") and loads() == []
+    exec(use)
+    exec(use)
+    assert loads() == ["slow_package"] and type(slow_package) is ModuleType
+    with pytest.raises(AttributeError):
+        _ = slow_package.missing
+
+
+def test_a_deferred_package_that_fails_is_tried_again(package):
+    text = (package / "part.py").read_text()
+    (package / "part.py").write_text("import nowhere_at_all\n")
+    import slow_package
+
+    with pytest.raises(ModuleNotFoundError, match="nowhere_at_all"):
+        _ = slow_package.value
+    assert "slow_package" not in sys.modules
+    (package / "part.py").write_text(text + "# another size\n")
+    from slow_package import value
+
+    assert value == 42 and loads() == ["slow_package"] * 2
+
+
+def test_what_is_not_installed_or_loaded_is_not_deferred():
+    imports.defer("nowhere_at_all")
+    assert "nowhere_at_all" not in sys.modules
+    imports.defer("json")
+    assert sys.modules["json"] is json and json.dumps(1) == "1"
+
+
+def test_deepspeed_is_not_loaded_to_see_that_a_model_is_not_its_own(own_process, monkeypatch):
+    from accelerate.utils import other
+
+    monkeypatch.setattr(other, "is_deepspeed_available", lambda: True)
+    monkeypatch.delitem(sys.modules, "deepspeed", raising=False)
+    imports.spare_deepspeed()
+    assert not other.is_deepspeed_available()
+    monkeypatch.setitem(sys.modules, "deepspeed", ModuleType("deepspeed"))
+    assert other.is_deepspeed_available()
+
+
+def test_in_the_process_of_others_accelerate_is_left_alone():
+    from accelerate.utils import other
+
+    before = other.is_deepspeed_available
+    imports.spare_deepspeed()
+    assert other.is_deepspeed_available is before
 
 
 # ---- the benchmarks ----

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from hf_sft.imports import importing
+from hf_sft.imports import importing, spare_deepspeed
 
 logger = logging.getLogger("hf_sft")
 
@@ -48,6 +48,7 @@ def run(arguments: Any) -> int:
         from hf_sft.training.resuming_trainer import find_checkpoint
         from hf_sft.training.together import raised_together
 
+        spare_deepspeed()
     record = _record(arguments)
     training = arguments.training
     refuse_on_cpu(arguments.model.attention_backend, training.device)  # before data are read and a model is loaded
