@@ -141,22 +141,36 @@ def work(engine: str, steps: int, target: Path, growing: bool) -> None:
 
 def launch(engine: str, steps: int, processes: int, growing: bool = False) -> dict[str, Any]:
     """Judged by the result alone: gloo now and then aborts a process at its exit."""
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / "found.json"
+        words = [
+            "--engine",
+            engine,
+            "--steps",
+            str(steps),
+            "--output",
+            str(target),
+            *(["--growing"] if growing else []),
+        ]
+        done = launched(__file__, words, processes, threads=1 if growing else 2 // processes)
+        if not target.is_file():
+            raise RuntimeError(f"{engine}: {done.stderr[-4000:]}")
+        return json.loads(target.read_text())
+
+
+def launched(
+    script: str, words: list[str], processes: int, threads: int = 1, timeout: float = 300
+) -> subprocess.CompletedProcess[str]:
+    """``script`` in one process, or in several under torchrun."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     launcher = [sys.executable]
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}"]
-    threads = 1 if growing else 2 // processes
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
-    with tempfile.TemporaryDirectory() as folder:
-        target = Path(folder) / "found.json"
-        words = [*launcher, __file__, "--engine", engine, "--steps", str(steps), "--output", str(target)]
-        words += ["--growing"] if growing else []
-        done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300, check=False)
-        if not target.is_file():
-            raise RuntimeError(f"{engine}: {done.stderr[-4000:]}")
-        return json.loads(target.read_text())
+    command = [*launcher, script, *words]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
 
 
 def run(repeats: int, steps: int) -> dict[str, Any]:

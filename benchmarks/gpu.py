@@ -8,11 +8,13 @@ gsm8k's times ``--stretch``, collated ahead by two workers (``dataloader_num_wor
 its own and has the GPU for itself; figures are medians of ``--steps`` steps after two that warm up (kernels are compiled in
 these). Of a model that is too large for the GPU so many layers are taken as the planner of memory says.
 
-    ours         SFTTrainer with attention_backend auto: flash for causal, flex for WeDLM
-    dense        SFTTrainer with a mask [T, T]
-    TRL          its SFTTrainer with its packing, causal alone, on SDPA with a mask
-    TRL, flash   the same on transformers' FlashAttention: flash-attn's kernels, or those of the hub where ``kernels`` is
-                 installed (``not_run`` says it where neither is there). In a dry run SDPA stands in for them
+    ours            SFTTrainer with attention_backend auto: flash for causal, flex for WeDLM
+    ours, compiled  the same with torch_compile, its regions; with --kernels
+    ours, Liger     the same with use_liger_kernel, where it is installed; with --kernels
+    dense           SFTTrainer with a mask [T, T]
+    TRL             its SFTTrainer with its packing, causal alone, on SDPA with a mask
+    TRL, flash      the same on transformers' FlashAttention: flash-attn's kernels, or those of the hub where ``kernels`` is
+                    installed (``not_run`` says it where neither is there). In a dry run SDPA stands in for them
 
 Without --checkpointing no way checkpoints activations. With it all have the same policy, "full" unless another is named. TRL has
 "full" and "attention" (it says "selective"); beside our "products" it gets "attention". The table names what each way had.
@@ -35,6 +37,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import tempfile
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -56,7 +59,7 @@ MODELS = {
 }  # fmt: skip
 OPERATORS = 16  # of a profiled step that are kept
 CAUSAL_MFU, WEDLM_MFU, OVER_DENSE = 0.50, 0.45, 3.0  # demanded
-WAYS = ("ours", "dense", "TRL", "TRL, flash")
+WAYS = ("ours", "ours, compiled", "ours, Liger", "dense", "TRL", "TRL, flash")
 # What TRL's "gradient_checkpointing" has that is nearest to each policy of ours, and keeps no less than it can.
 TRL_CHECKPOINTING = {"full": "full", "attention": "attention", "products": "attention"}
 
@@ -71,6 +74,7 @@ class Case:
     length: int
     layers: int
     checkpointing: str | None = None
+    kernels: bool = False
     dry: bool = False
 
     @property
@@ -127,7 +131,9 @@ def same(case: Case) -> dict[str, Any]:
     return {"bf16": not case.dry, "dataloader_num_workers": 0 if case.dry else 2}
 
 
-def our_trainer(case: Case, packs: list[list[Row]], values: dict[str, Any], backend: str) -> Any:
+def our_trainer(
+    case: Case, packs: list[list[Row]], values: dict[str, Any], backend: str, kernels: Mapping[str, Any] | None = None
+) -> Any:
     from hf_sft import WeDLMArguments
 
     how: dict[str, Any] = {"attention_backend": backend, "objective": case.objective, "model": build(case)}
@@ -136,11 +142,11 @@ def our_trainer(case: Case, packs: list[list[Row]], values: dict[str, Any], back
     if case.objective == "wedlm":
         how["wedlm_args"] = WeDLMArguments(mask_token_id=case.mask_token)
     own = {**same(case), "activation_checkpointing": case.checkpointing is not None}
-    return trainers.our_trainer(packs, case.vocabulary, values | own, **how)
+    return trainers.our_trainer(packs, case.vocabulary, {**values, **own, **(kernels or {})}, **how)
 
 
-def ours(turn: Turn, steps: int, case: Case, packs: list[list[Row]], backend: str) -> list[float]:
-    return trainers.steps_of(turn, steps, lambda values: our_trainer(case, packs, values, backend))
+def ours(turn: Turn, steps: int, case: Case, packs: list[list[Row]], backend: str, **how: Any) -> list[float]:
+    return trainers.steps_of(turn, steps, lambda values: our_trainer(case, packs, values, backend, **how))
 
 
 def trl(turn: Turn, steps: int, case: Case, packs: list[list[Row]], attention: str) -> list[float]:
@@ -283,18 +289,28 @@ def layers_of(case: Case, memory: float | None) -> int:
 
 def ways_of(case: Case, packs: list[list[Row]]) -> tuple[dict[str, Any], dict[str, str]]:
     """The ways to take a case's steps, and what cannot be taken here, with the reason."""
-    how = {"case": case, "packs": packs}
-    ways: dict[str, Any] = {
-        "ours": (ours, {**how, "backend": "segment" if case.dry else "auto"}), "dense": (ours, {**how, "backend": "dense"}),
-    }  # fmt: skip
+    how, not_run = {"case": case, "packs": packs}, {}
+    ways: dict[str, Any] = {"ours": (ours, own := {**how, "backend": "segment" if case.dry else "auto"})}
+    if case.kernels:
+        if case.checkpointing not in (None, "full"):
+            not_run["ours, compiled"] = "policies do not see inside of what is compiled"
+        else:
+            kernels = {"torch_compile": True, "torch_compile_backend": "eager" if case.dry else "inductor"}
+            ways["ours, compiled"] = (ours, {**own, "kernels": kernels})
+        if case.dry or importlib.util.find_spec("liger_kernel") is None:
+            not_run["ours, Liger"] = "liger-kernel is not installed, or there is no GPU"
+        else:
+            ways["ours, Liger"] = (ours, {**own, "kernels": {"use_liger_kernel": True}})
+    ways["dense"] = (ours, {**how, "backend": "dense"})
     if case.objective != "causal":
-        return ways, {}
+        return ways, not_run
     ways["TRL"] = (trl, {**how, "attention": "sdpa"})
     flash = flash_attention(case.dry)
     if flash is None:
-        return ways, {"TRL, flash": "neither flash-attn nor kernels is installed"}
-    ways["TRL, flash"] = (trl, {**how, "attention": flash})
-    return ways, {}
+        not_run["TRL, flash"] = "neither flash-attn nor kernels is installed"
+    else:
+        ways["TRL, flash"] = (trl, {**how, "attention": flash})
+    return ways, not_run
 
 
 def run(case: Case, steps: int, stretch: float) -> dict[str, Any]:
@@ -324,7 +340,7 @@ def run(case: Case, steps: int, stretch: float) -> dict[str, Any]:
         result[name] = {
             "seconds": course.median, "tokens_per_second": clean / course.median, "peak_mb": course.peak,
             "mfu": None if peak is None or useful is None else useful / (course.median * peak), "losses": course.losses,
-            "attention": way[1].get("attention") or (result.get("backend", "auto") if name == "ours" else name),
+            "attention": way[1].get("attention") or (result.get("backend", "auto") if name.startswith("ours") else name),
             "checkpointing": policy,
         }  # fmt: skip
     return result
@@ -407,6 +423,9 @@ def main() -> None:
     words.add_argument(
         "--checkpointing", nargs="?", const="full", choices=list(TRL_CHECKPOINTING), help="of all ways; default: none"
     )
+    words.add_argument(
+        "--kernels", action="store_true", help="ours with compiled regions and with Liger's layers as well"
+    )
     words.add_argument("--dry_run", action="store_true", help="a toy model on this machine, whatever it has")
     options = words.parse_args()
     if not options.dry_run and not torch.cuda.is_available():
@@ -417,7 +436,8 @@ def main() -> None:
         for mode in options.modes:
             for objective in options.objectives:
                 length = 256 if options.dry_run else options.length
-                case = Case(model, mode, objective, length, MODELS[model][2], options.checkpointing, options.dry_run)
+                how = {"checkpointing": options.checkpointing, "kernels": options.kernels, "dry": options.dry_run}
+                case = Case(model, mode, objective, length, MODELS[model][2], **how)
                 case = replace(case, layers=options.layers or layers_of(case, memory))
                 runs.append(run(case, options.steps, 0.3 if options.dry_run else options.stretch))
                 record = {"note": options.note, "missed": missed(runs), "runs": runs}

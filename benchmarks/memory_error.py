@@ -27,7 +27,7 @@ from typing import Any
 
 import psutil
 import torch
-from records import write_record
+from records import percent, write_record
 from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
 from transformers.utils import logging as hf_logging
 
@@ -287,9 +287,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             f"{row['tokens']:,}",
             row["moment"],
         ]
-        cells += [f"{row[key] / MIB:.0f}" for key in ("estimate", "measured")] + [
-            f"{100 * row['error']:+.1f} %".replace("-0.0", "0.0")
-        ]
+        cells += [f"{row[key] / MIB:.0f}" for key in ("estimate", "measured")] + [percent(row["error"])]
         lines.append(cells + ([f"{row['rss'] / MIB:.0f}"] if "rss" in row else []))
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 

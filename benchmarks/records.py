@@ -29,6 +29,11 @@ def table(head: list[str], body: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
+def percent(share: float) -> str:
+    """With its sign, but for what rounds to nothing."""
+    return f"{100 * share:+.1f} %".replace("-0.0", "0.0").replace("+0.0", "0.0")
+
+
 def write_record(name: str, results: Any, path: str | None = None) -> Path:
     """Write ``results`` with hardware, versions and date to ``path`` (default: ``benchmarks/records/NAME.json``)."""
     target = Path(path) if path else FOLDER / f"{name}.json"

@@ -8,6 +8,7 @@ import tiny
 import torch
 
 from hf_sft.attention import layout as layout_module
+from hf_sft.attention import segment as segment_module
 from hf_sft.attention.backends import BACKENDS, Segment, layer_windows
 from hf_sft.attention.layout import Layout, draw
 from hf_sft.attention.selfcheck import check_backend, choose_layout
@@ -18,6 +19,12 @@ from hf_sft.models.wrappers import base_model
 PACKABLE = ["llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "gpt_neox"]  # test_families has the others
 LENGTHS = [1, 23, 6, 40, 2]  # a document without a next token, and some beyond the sliding window of 7
 VARIANTS = ["plain", "peft", "checkpointing", "peft+checkpointing"]
+
+
+@pytest.fixture(autouse=True)
+def _small_blocks(monkeypatch):
+    """Documents of a few tokens are cut at sliding windows like long ones."""
+    monkeypatch.setattr(segment_module, "_LEAST_BLOCK", 1)
 
 
 def make_layout(lengths: list[int]) -> Layout:
@@ -123,7 +130,8 @@ def test_the_rule_equals_a_double_loop(window: int | None) -> None:
 
 
 @pytest.mark.parametrize(
-    "groups, window, softcap, sinks", [(1, None, None, False), (2, 3, None, False), (2, 3, 0.7, True)]
+    "groups, window, softcap, sinks",
+    [(1, None, None, False), (2, 3, None, False), (2, 3, 0.7, True), (1, 1, None, False), (1, 8, None, True)],
 )
 def test_segment_equals_attention_under_the_dense_mask(groups, window, softcap, sinks) -> None:
     lengths, heads, width = [1, 5, 9], 4, 8
@@ -146,6 +154,26 @@ def test_segment_equals_attention_under_the_dense_mask(groups, window, softcap, 
     probabilities = scores.softmax(-1)[..., :15]
     want = (probabilities @ v.repeat_interleave(groups, 1)).transpose(1, 2)
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("length, window, block", [(1000, 100, 128), (1000, 300, 128), (257, 128, 128), (50, 7, 1)])
+def test_a_sliding_window_costs_its_band_and_not_the_square_of_the_document(length, window, block, monkeypatch) -> None:
+    monkeypatch.setattr(segment_module, "_LEAST_BLOCK", block)
+    areas, masks, attend = [], [], segment_module.scaled_dot_product_attention
+
+    def counted(q, k, v, attn_mask=None, **options):
+        areas.append(q.shape[2] * k.shape[2])
+        masks.append(attn_mask)
+        return attend(q, k, v, attn_mask=attn_mask, **options)
+
+    monkeypatch.setattr(segment_module, "scaled_dot_product_attention", counted)
+    layout, row = make_layout([length]), torch.randn(1, 2, length, 4)
+    for _ in range(2):
+        segment_module.segment_attention(
+            torch.nn.Identity(), *3 * [row], None, sliding_window=window, hf_sft_layout=layout
+        )
+    assert sum(areas) <= 2 * length * (window + max(window, block))
+    assert len({id(mask) for mask in masks}) <= 3  # the first block's, those between, the last one's: for all layers
 
 
 def test_windows_are_read_per_kind_of_layer() -> None:

@@ -8,6 +8,7 @@ import torch
 from layouts import KINDS, attended, brute_force, edge_lengths, packed, tokens
 from magi_stand_in import fake_module
 
+from hf_sft.attention import segment
 from hf_sft.attention.backends import BACKEND_NAMES, BACKENDS, backend_named, restore_attention
 from hf_sft.attention.flex import flex_layout_attention
 from hf_sft.attention.layout import Layout
@@ -36,6 +37,11 @@ def check(kind: str, lengths: list[int], block_size: int, window: int | None) ->
 @pytest.fixture(autouse=True)
 def _magi(monkeypatch):
     fake_module(monkeypatch)
+
+
+@pytest.fixture(autouse=True, params=[1, 128])
+def _blocks(request, monkeypatch):
+    monkeypatch.setattr(segment, "_LEAST_BLOCK", request.param)
 
 
 @pytest.mark.parametrize("window", [None, 7])

@@ -228,23 +228,23 @@ def toy(**changes: Any) -> gpu.Case:
     )
 
 
-def test_pairs_are_those_of_the_rule():
+def test_pairs_are_those_of_the_rule(tmp_path):
     case = toy()
     (pack,) = gpu.packs_of(case, 1, 0.2)
-    (causal,) = trainers.our_trainer([pack], 512, trainers.settings("unused", 1)).get_train_dataloader()
+    (causal,) = trainers.our_trainer([pack], 512, trainers.settings(str(tmp_path), 1)).get_train_dataloader()
     wedlm = WeDLMCollator(511, MaskRule(8), seed=0)([pack])
     for batch in (causal, wedlm):
         assert gpu.allowed_pairs(batch) == int(Layout.from_batch(batch).allowed().sum())
 
 
 @pytest.mark.parametrize(("mode", "objective"), [("full", "causal"), ("lora", "causal"), ("lora", "wedlm")])
-def test_useful_flops_are_those_that_torch_counts_of_the_linear_layers(mode, objective, monkeypatch):
+def test_useful_flops_are_those_that_torch_counts_of_the_linear_layers(mode, objective, monkeypatch, tmp_path):
     from torch.utils.flop_counter import FlopCounterMode
 
     monkeypatch.setattr(products, "onednn_is_faster", lambda: False)  # the counter does not know its operator
     case = toy(mode=mode, objective=objective)
     packs = gpu.packs_of(case, 1, 0.2)
-    trainer = gpu.our_trainer(case, packs, trainers.settings("unused", 1), "segment")
+    trainer = gpu.our_trainer(case, packs, trainers.settings(str(tmp_path), 1), "segment")
     (batch,) = trainer.get_train_dataloader()
     with FlopCounterMode(display=False) as counter:
         trainer.training_step(trainer.model, trainer._prepare_inputs(batch))
@@ -283,6 +283,19 @@ def test_trl_gets_flash_attention_where_there_is_one_and_a_record_says_where_the
     ways, not_run = gpu.ways_of(toy(dry=False), [])
     assert ways["TRL, flash"][1]["attention"] == "flash_attention_2" and not_run == {}
     assert list(gpu.ways_of(toy(dry=False, objective="wedlm"), [])[0]) == ["ours", "dense"]
+
+
+def test_kernels_stand_beside_ours_where_they_are_installed(monkeypatch):
+    case = toy(dry=False, objective="wedlm", kernels=True)
+    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda _: None)
+    ways, not_run = gpu.ways_of(case, [])
+    assert list(ways) == ["ours", "ours, compiled", "dense"] and "liger" in not_run["ours, Liger"]
+    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda _: "there")
+    ways, not_run = gpu.ways_of(case, [])
+    assert [name for name in gpu.WAYS if name in ways] == list(ways) and not_run == {}
+    assert ways["ours, Liger"][1]["kernels"] == {"use_liger_kernel": True}
+    ways, not_run = gpu.ways_of(replace(case, checkpointing="products"), [])
+    assert list(ways) == ["ours", "ours, Liger", "dense"] and "policies" in not_run["ours, compiled"]
 
 
 def test_demands_on_a_gpu_that_are_missed_are_named():
@@ -353,20 +366,35 @@ def test_the_planner_says_how_many_layers_are_taken(monkeypatch):
 def test_a_dry_run_takes_the_road_of_the_gpu(here, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(gpu, "MODELS", {**gpu.MODELS, "toy": (64, 128, 1, 4, True)})
     target = tmp_path / "gpu.json"
-    words = ["--dry_run", "--steps", "1", "--modes", "full", "--checkpointing", "products", "--output", str(target)]
+    words = [
+        "--dry_run",
+        "--steps",
+        "1",
+        "--modes",
+        "full",
+        "--checkpointing",
+        "full",
+        "--kernels",
+        "--output",
+        str(target),
+    ]
     monkeypatch.setattr(sys, "argv", ["gpu.py", *words])
     gpu.main()
     results = json.loads(target.read_text())["results"]
     causal, wedlm = results["runs"]
-    assert causal["failed"] == wedlm["failed"] == causal["not_run"] == {} and results["missed"] == []
-    for run, names in ((causal, ("dense", "TRL", "TRL, flash")), (wedlm, ("dense",))):
+    assert causal["failed"] == wedlm["failed"] == {} and results["missed"] == []
+    assert list(causal["not_run"]) == list(wedlm["not_run"]) == ["ours, Liger"]
+    for run, names in (
+        (causal, ("ours, compiled", "dense", "TRL", "TRL, flash")),
+        (wedlm, ("ours, compiled", "dense")),
+    ):
         for name in names:
             assert run["ours"]["losses"] == pytest.approx(run[name]["losses"], rel=1e-5), name
-    policies = {name: causal[name]["checkpointing"] for name in gpu.WAYS}
-    assert policies == {"ours": "products", "dense": "products", "TRL": "attention", "TRL, flash": "attention"}
+    policies = {name: causal[name]["checkpointing"] for name in gpu.WAYS if name in causal}
+    assert policies == dict.fromkeys(("ours", "ours, compiled", "dense", "TRL", "TRL, flash"), "full")
     assert causal["ours"]["mfu"] is None and causal["operators_ms"] and causal["useful_flops"] > 0
     printed = capsys.readouterr().out
-    assert "| toy, 1 layers | full | wedlm | dense | dense, products |" in printed
+    assert "| toy, 1 layers | full | wedlm | dense | dense, full |" in printed
     assert "| operators of toy full wedlm |" in printed
     if not torch.cuda.is_available():
         monkeypatch.setattr(sys, "argv", ["gpu.py"])

@@ -425,7 +425,7 @@ def test_the_weight_of_the_router_loss(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", [family for family, row in ROWS.items() if row.router_loss])
-def test_the_router_loss_is_that_of_transformers(family: str, saved) -> None:
+def test_the_router_loss_is_that_of_transformers(family: str, saved, tmp_path) -> None:
     """With padding, and for one packed row, whose mask transformers' own function cannot read."""
     model = load(saved(family), "full")
     recorder = RouterRecorder(model)
@@ -434,7 +434,7 @@ def test_the_router_loss_is_that_of_transformers(family: str, saved) -> None:
     with recorder.recording() as routed:
         want = model(**inputs, use_cache=False, output_router_logits=True).aux_loss
     torch.testing.assert_close(recorder.loss(routed, batch["attention_mask"]), want, rtol=1e-6, atol=0)
-    trainer = make_trainer(load(saved(family), "full"), Path("unused"))
+    trainer = make_trainer(load(saved(family), "full"), tmp_path)
     (packed,) = trainer.get_train_dataloader()
     with trainer.routers.recording() as routed:
         trainer.model(**trainer._model_inputs(packed))

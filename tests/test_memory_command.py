@@ -96,7 +96,7 @@ def test_what_to_change_fits_when_it_is_done(config, inspect):
 def test_more_devices_are_proposed_with_all_that_is_asked_for(config, inspect):
     words = ["--config_name_or_path", config, "--bf16", "--max_seq_length", 2048, "--activation_checkpointing"]
     words += ["--activation_checkpointing_policy", "products"]
-    found, _ = inspect(*words, "--gpu_memory", 6)
+    found, _ = inspect(*words, "--gpu_memory", 8)
     more = found["more_devices"]
     assert more["arguments"] == {"zero_stage": 3, "activation_checkpointing_policy": "full"}
     again, _ = inspect(*words[:-1], "full", "--zero_stage", 3, "--devices", more["devices"])

@@ -16,6 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from hf_sft.attention.layout import Group, Layout, causal_mask
 from hf_sft.attention.protocol import LAYOUT_KEY, Routed, Rules
 
+_LEAST_BLOCK = 128  # queries under a sliding window: smaller blocks cost more calls than they save area
 Kernel = Callable[[Tensor, Tensor, Tensor, Layout, Rules], Tensor]
 
 
@@ -50,7 +51,7 @@ def segment_attention(query: Tensor, key: Tensor, value: Tensor, layout: Layout,
     outputs = []
     if layout.pieces is None:
         for q, k, v in documents:
-            outputs.append(_attend_causal(q, k, v, layout, rules))
+            outputs += _attend_causal(q, k, v, layout, rules)
     else:
         start = 0
         for (q, k, v), (length, groups) in zip(documents, layout.pieces, strict=True):
@@ -67,12 +68,28 @@ def _for_each_query_head(query: Tensor, key: Tensor, value: Tensor) -> tuple[Ten
     return key.repeat_interleave(shared, dim=1), value.repeat_interleave(shared, dim=1)
 
 
-def _attend_causal(q: Tensor, k: Tensor, v: Tensor, layout: Layout, rules: Rules) -> Tensor:
-    """One clean stream; a mask is written out, once for all layers, only where a sliding window ends before the document."""
+def _attend_causal(q: Tensor, k: Tensor, v: Tensor, layout: Layout, rules: Rules) -> list[Tensor]:
+    """One clean stream. Where a sliding window ends before the document does, block by block of queries, each with the keys
+    of its own block and those that the window reaches before it: twice the area of the band, not the square of the document."""
     window, length = rules.sliding_window, q.shape[2]
-    beyond = window is not None and length > window
-    mask = layout.kept(("window", length, window), lambda: causal_mask(length, window, q.device)) if beyond else None
-    return _attend(q, k, v, mask, mask is None, rules)
+    if window is None or length <= window:
+        return [_attend(q, k, v, None, True, rules)]
+    size = max(window, _LEAST_BLOCK)
+    reach = slice(size - window + 1, None)
+    blocks = zip(*(stream.split(size, dim=2) for stream in (q, k, v)), strict=True)
+    outputs, before = [], (k[:, :, :0], v[:, :, :0])
+    for q_b, k_b, v_b in blocks:
+        keys, values = (torch.cat(pair, dim=2) for pair in zip(before, (k_b, v_b), strict=True))
+        mask = _band_mask(q_b.shape[2], keys.shape[2], window, layout)
+        outputs.append(_attend(q_b, keys, values, mask, False, rules))
+        before = (k_b[:, :, reach], v_b[:, :, reach])
+    return outputs
+
+
+def _band_mask(queries: int, keys: int, window: int, layout: Layout) -> Tensor:
+    """[queries, keys] bool, the last of ``keys`` rows; kept, since every layer asks for it again."""
+    make = lambda: causal_mask(keys, window, layout.doc.device)[-queries:]  # noqa: E731
+    return layout.kept(("band", queries, keys, window), make)
 
 
 def _attend_dual(
@@ -85,18 +102,17 @@ def _attend_dual(
     start: int,
     rules: Rules,
 ) -> list[Tensor]:
-    """A document's clean stream, and its noisy stream group by group: each sees the clean tokens up to its largest anchor and
-    itself, so that the cost is near the area of the rule. ``start`` is the document's first row."""
+    """A document's clean stream, and its noisy stream group by group: each sees the clean tokens up to its largest anchor, from
+    where a sliding window begins, and itself, so that the cost is near the area of the rule. ``start`` is the first row."""
     sizes = [clean, *(group.length for group in groups)]
     (q0, *q_groups), (k0, *k_groups), (v0, *v_groups) = (stream.split(sizes, dim=2) for stream in (q, k, v))
-    outputs = [_attend_causal(q0, k0, v0, layout, rules)]
-    row = start + clean
+    outputs = _attend_causal(q0, k0, v0, layout, rules)
+    row, window = start + clean, rules.sliding_window
     for group, q_n, k_n, v_n in zip(groups, q_groups, k_groups, v_groups, strict=True):
-        mask = layout.group_mask(start, row, group, rules.sliding_window)
-        keys, values = (
-            torch.cat([k0[:, :, : group.clean], k_n], dim=2),
-            torch.cat([v0[:, :, : group.clean], v_n], dim=2),
-        )
+        first = 0 if window is None else max(0, group.lower + 1 - window)
+        seen = slice(first, group.clean)
+        mask = layout.group_mask(start, row, group, window)[:, first:]
+        keys, values = (torch.cat([k0[:, :, seen], k_n], dim=2), torch.cat([v0[:, :, seen], v_n], dim=2))
         outputs.append(_attend(q_n, keys, values, mask, False, rules))
         row += group.length
     return outputs

@@ -285,6 +285,7 @@ def _engine(own: Mapping[str, Any], arguments: Arguments, devices: int | None) -
 
 def _zero(zero: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a plan that DeepSpeed's section zero_optimization says."""
+    from hf_sft.checks import is_true
     from hf_sft.memory.plan import Plan
 
     optimizer, parameters = (
@@ -294,6 +295,7 @@ def _zero(zero: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "engine": f"zero{zero['stage']}", "offload_optimizer": optimizer, "offload_param": parameters,
         "bucket": int(bucket) if isinstance(bucket, (int, float)) else Plan.bucket if bucket is None else 0,
+        "overlap": is_true(zero.get("overlap_comm")),
         "sub_group": int(group) if isinstance(group, (int, float)) else Plan.sub_group,
     }  # fmt: skip
 

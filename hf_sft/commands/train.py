@@ -25,6 +25,7 @@ def main(argv: Sequence[str]) -> int:
     from hf_sft.training.failures import ending_together
 
     arguments = parse_args(argv)
+    spare_deepspeed()
     log_to_terminal(arguments.training.local_process_index)
     enter_environment(arguments.environment, arguments.training.report_to)
     for note in arguments.notes:
@@ -48,7 +49,6 @@ def run(arguments: Any) -> int:
         from hf_sft.training.resuming_trainer import find_checkpoint
         from hf_sft.training.together import raised_together
 
-        spare_deepspeed()
     record = _record(arguments)
     training = arguments.training
     refuse_on_cpu(arguments.model.attention_backend, training.device)  # before data are read and a model is loaded

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -30,7 +30,8 @@ class Plan:
         engine: none, ddp, zero1, zero2, zero3 or fsdp, over ``devices`` processes.
         reshard: False under FSDP2's shard_grad_op.
         offload_optimizer, offload_param: in the memory of the host.
-        bucket: numbers of a bucket of ZeRO-1 and 2; default: DeepSpeed's own. 0: the square of the width, as for ``auto``.
+        bucket: numbers of a bucket of DeepSpeed; default: its own. 0: the square of the width, as for ``auto``.
+        overlap: ``overlap_comm``: ZeRO-1 and 2 have two such buckets.
         sub_group: numbers that ZeRO-3 steps at a time.
         engine_file: DeepSpeed's settings are from a file.
         optim, optim_args: as in TrainingArguments; decays: ``weight_decay`` is not 0.
@@ -58,6 +59,7 @@ class Plan:
     offload_optimizer: bool = False
     offload_param: bool = False
     bucket: int = 500_000_000
+    overlap: bool = False
     sub_group: int = 10**9
     engine_file: bool = False
     optim: str = "adamw_torch_fused"
@@ -98,6 +100,11 @@ class Plan:
         return self.dtype or (torch.float32 if self.train_mode == "full" else torch.bfloat16)
 
     @property
+    def adapter_stays(self) -> bool:
+        """Whether an adapter's weights are float32 under an engine as well: DeepSpeed casts no weights that it has sharded."""
+        return self.engine == "zero3" and self.train_mode != "full"
+
+    @property
     def layers(self) -> int:
         return self.config.get_text_config().num_hidden_layers
 
@@ -110,7 +117,7 @@ class Plan:
             mode=self.train_mode,
             dtype=(half or torch.float32) if casts else self.run_dtype,
             autocast=None if casts else half,
-            uniform=casts,
+            uniform=casts and not self.adapter_stays,
             partitioned=self.engine == "zero3",
             lora=self.lora,
             checkpointing=self.checkpointing,
@@ -202,7 +209,8 @@ def estimate(plan: Plan) -> Estimate:
         ValueError: a model that cannot be built, or an engine or policy that does not exist.
     """
     found, layers, state = plan.activations, plan.layers, plan.state
-    shards = state.per_device(plan.engine, plan.devices, half=plan.precision is not None, reshard=plan.reshard)
+    half = plan.precision is not None and not plan.adapter_stays
+    shards = state.per_device(plan.engine, plan.devices, half=half, reshard=plan.reshard)
     shards, host = _offloaded(plan, shards)
     average = 4 * state.trained if plan.average else 0
     always = {
@@ -210,30 +218,40 @@ def estimate(plan: Plan) -> Estimate:
         "optimizer": round(shards.optimizer),
         "average of the weights": average if plan.average == "device" else 0,
         "reference model": _reference_bytes(plan),
-        "engine's buffers": round(shards.buffers) + buffer_bytes(plan),
     }
+    buffers = {name: round(shards.buffers) + size for name, size in buffers_of(plan)._asdict().items()}
     gradients = round(shards.gradients)
-    # Between two steps there are none; engines keep theirs in buffers.
-    standing = gradients if plan.accumulation > 1 or plan.engine not in ("none", "ddp") else 0
+    # Between two steps there are none, but in ZeRO-3's buffer.
+    standing = gradients if plan.accumulation > 1 or plan.engine == "zero3" else 0
     of_head = min(gradients, _head_gradient(plan))
     batch = {"attention mask": found.mask, "activations": found.kept(layers)}
     passing = batch | {"weights in autocast's type": found.copies(layers)}
     low = {"attention mask": found.mask, "activations": found.outside + found.layer}
+    standing_buffers = {"engine's buffers": buffers["forward"] if plan.engine in ("ddp", "zero3") else 0}
+    held = {name: {"engine's buffers": size} for name, size in buffers.items()}
     moments = {
-        "forward pass": {"gradients": standing, **passing, "a layer's temporaries": found.forward},
-        "scoring of the head": {"gradients": standing, **passing, "head": found.head},
-        "backward pass of the head": {"gradients": standing, **batch, "head": found.head_backward},
+        "forward pass": {"gradients": standing, **passing, "a layer's temporaries": found.forward, **held["forward"]},
+        "scoring of the head": {"gradients": standing, **passing, "head": found.head, **held["head"]},
+        "backward pass of the head": {"gradients": standing, **batch, "head": found.head_backward, **held["last"]},
         "backward pass, last layer": {
             "gradients": max(standing, of_head),
             **batch,
             "a layer's backward pass": found.backward,
+            **held["last"],
         },
-        "backward pass, first layer": {"gradients": gradients, **low, "a layer's backward pass": found.backward},
-        "optimizer step": {"gradients": gradients, "temporaries": _step_bytes(plan)},
+        "backward pass, first layer": {
+            "gradients": gradients,
+            **low,
+            "a layer's backward pass": found.backward,
+            **held["first"],
+        },
+        "end of the backward pass": {"gradients": gradients, "attention mask": found.mask, **held["end"]},
+        "optimizer step": {"gradients": gradients, "temporaries": _step_bytes(plan), **standing_buffers},
     }
     if plan.eval_rows:
-        kept = {"gradients": standing if plan.engine not in ("none", "ddp") else 0}
-        moments["evaluation"] = {**kept, "batch of the evaluation": _evaluation(plan), "weights put aside": average}
+        between = gradients if plan.engine == "zero3" else 0
+        evaluated = {"batch of the evaluation": _evaluation(plan), "weights put aside": average}
+        moments["evaluation"] = {"gradients": between, **evaluated, **held["forward"]}
     return Estimate({name: {**always, **parts} for name, parts in moments.items()}, round(host))
 
 
@@ -249,23 +267,54 @@ def _offloaded(plan: Plan, shards: Shards) -> tuple[Shards, float]:
     return rest, shards.total - rest.total
 
 
-def buffer_bytes(plan: Plan) -> int:
-    """What an engine holds beside the state: ZeRO-1 and 2 three buckets, ZeRO-3 whole weights of up to 10^9 numbers, FSDP2 two
-    layers whole with one layer's float32 gradient, and embeddings and head, which stay whole."""
+class Buffers(NamedTuple):
+    """What an engine holds beside the state, in bytes: in the forward pass, while the head is scored, in the backward pass of the
+    head and of the last layer, in that of the first layer, and at its end, when embeddings and head are reduced."""
+
+    forward: int
+    head: int
+    last: int
+    first: int
+    end: int
+
+
+def buffers_of(plan: Plan) -> Buffers:
+    """ZeRO-1 and 2 have their buckets in the backward pass, and copy what is in one where it is reduced; ZeRO-3 has one all the
+    time, and weights of up to 10^9 numbers whole. FSDP2 has two layers whole with one layer's float32 gradient, and from the
+    forward to the backward pass embeddings and head, which stay whole.
+
+    Read in DeepSpeed 0.19 (``setup_buckets`` of stage_1_and_2.py, ``_setup_for_real_optimizer`` of stage3.py) and measured by
+    ``benchmarks/memory_engines.py``.
+    """
     if plan.engine in ("none", "ddp"):
-        return 0
+        return Buffers(0, 0, 0, 0, 0)
     wide = 2 if plan.precision else 4
-    everything = plan.state.trained + plan.state.frozen
-    if plan.engine in ("zero1", "zero2"):
-        return 3 * wide * min(plan.bucket or plan.config.get_text_config().hidden_size ** 2, plan.state.trained)
+    if plan.engine == "fsdp":
+        return _buffers_of_fsdp(plan, wide)
+    numbers = plan.bucket or plan.config.get_text_config().hidden_size ** 2
     if plan.engine == "zero3":
-        return wide * min(10**9, everything)
+        whole = min(10**9, plan.state.trained + plan.state.frozen)
+        return Buffers(*5 * [(4 if plan.adapter_stays else wide) * numbers + wide * whole])
+    buckets = wide * numbers * (2 if plan.overlap else 1)
+    copied = wide * min(numbers, plan.state.trained)
+    flushed = buckets + copied
+    return Buffers(0, 0, flushed if numbers < plan.state.trained else buckets, flushed, flushed)
+
+
+def _buffers_of_fsdp(plan: Plan, wide: int) -> Buffers:
     with torch.device("meta"):
         model = build(plan.config, torch.bfloat16)
     root = {id(m.weight): m.weight.numel() for m in (model.get_input_embeddings(), model.get_output_embeddings())}
     whole, outside = sum(p.numel() for p in model.parameters()), sum(root.values())
-    gradient = 4 if plan.train_mode == "full" else 0
-    return (2 * wide + gradient) * (whole - outside) // plan.layers + (wide + gradient) * outside
+    layer, gradient = (whole - outside) // plan.layers, 4 if plan.train_mode == "full" else 0
+    layers = (2 * wide + gradient) * layer
+    return Buffers(
+        forward=2 * wide * layer + wide * outside,
+        head=wide * outside,
+        last=layers + wide * outside,
+        first=layers + (2 if gradient else 1) * wide * outside,
+        end=(wide + gradient) * outside,
+    )
 
 
 def _reference_bytes(plan: Plan) -> int:
