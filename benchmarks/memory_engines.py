@@ -68,7 +68,11 @@ CASES = [
     Case("ZeRO-2, lora", {**zero(2), **LORA}),
     Case("ZeRO-3, checkpointed", {**zero(3), "activation_checkpointing": True}),
     Case("ZeRO-3, lora", {**zero(3), **LORA}),
+    Case("ZeRO-3, lora, buckets of 500 million", {"zero_stage": 3, **LORA}),
     Case("FSDP2", {"fsdp": True}),
+    Case("FSDP2, accumulated", {"fsdp": True, "gradient_accumulation_steps": 2}),
+    Case("FSDP2, shard_grad_op", {"fsdp": "shard_grad_op"}),
+    Case("FSDP2, shard_grad_op, lora", {"fsdp": "shard_grad_op", **LORA}),
     Case("FSDP2, checkpointed", {"fsdp": True, "activation_checkpointing": True}),
     Case("FSDP2, lora", {"fsdp": True, **LORA}),
 ]

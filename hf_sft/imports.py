@@ -10,6 +10,8 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
@@ -20,7 +22,7 @@ def take_process() -> None:
     """The process runs one command and nothing else: how it collects garbage, and what it loads late, is ours to say."""
     global _own_process
     _own_process = True
-    defer("bitsandbytes")  # peft imports it; only quantized models use it
+    defer("bitsandbytes")  # peft imports it, and full training has no use for it
 
 
 @contextmanager
@@ -59,10 +61,38 @@ class _Deferred(ModuleType):
                 try:
                     spec.loader.exec_module(self)
                 except BaseException:
+                    del self._begun, self.__path__  # who holds it finds the cause again
                     sys.modules.pop(spec.name, None)  # as after an import that fails
                     raise
                 self.__class__ = ModuleType  # type: ignore[assignment]
         return ModuleType.__getattribute__(self, name)
+
+
+class _Submodules(MetaPathFinder):
+    """``import package.part`` loads a deferred package when it asks for its path, and then looks for the part, which the package
+    has loaded by then: a second time, if nobody told it."""
+
+    def __init__(self, package: str) -> None:
+        self.prefix = f"{package}."
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        loaded = sys.modules.get(name)
+        if target is not None or loaded is None or not name.startswith(self.prefix):
+            return None
+        return ModuleSpec(name, _Found(loaded))
+
+
+class _Found(Loader):
+    """Of a module that is loaded: there is nothing to do."""
+
+    def __init__(self, module: ModuleType) -> None:
+        self.module, self.spec = module, module.__spec__
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        return self.module
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__spec__ = self.spec
 
 
 def defer(name: str) -> None:
@@ -72,7 +102,9 @@ def defer(name: str) -> None:
         return
     module = _Deferred(name)
     module.__spec__, module.__loader__, module.__file__ = spec, spec.loader, spec.origin
+    module.__package__ = spec.parent
     sys.modules[name] = module
+    sys.meta_path.insert(0, _Submodules(name))
 
 
 def spare_deepspeed() -> None:

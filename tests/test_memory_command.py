@@ -103,6 +103,18 @@ def test_more_devices_are_proposed_with_all_that_is_asked_for(config, inspect):
     assert again["total"] == more["total"]
 
 
+def test_advised_files_are_counted_with_their_own_buckets(config):
+    """What the advice says of a ready file is what the command says once it is named."""
+    shared = {"config_name_or_path": str(config), "bf16": True, "max_seq_length": 256}
+    own = {"deepspeed": {"zero_optimization": {"stage": 1}}}
+    changes = [*advice._sharding(plan := plan_of({**shared, **own}, 4))]
+    changes += [change for _, each in changes for change in advice._offloading(each)]
+    assert plan.engine_file and len(changes) == 4
+    for arguments, changed in changes:
+        named = plan_of({**shared, "deepspeed": str(runs.ROOT / arguments["deepspeed"])}, 4)
+        assert estimate(named).total == estimate(changed).total, arguments
+
+
 def test_what_is_faster_fits_as_well(config, inspect):
     words = [
         "--model",

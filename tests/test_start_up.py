@@ -197,13 +197,14 @@ def package(tmp_path, monkeypatch):
         "import builtins\nbuiltins.loads.append(__name__)\nhere = 'hidden' in globals()\n"
         "from slow_package import part\nvalue = part.half * 2\n"
     )
-    (folder / "part.py").write_text("import slow_package\nhalf = 21\n")
+    (folder / "part.py").write_text("import builtins, slow_package\nbuiltins.loads.append(__name__)\nhalf = 21\n")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr("builtins.loads", [], raising=False)
     imports.defer("slow_package")
     yield folder
     for name in ("slow_package", "slow_package.part"):
         sys.modules.pop(name, None)
+    sys.meta_path.remove(next(finder for finder in sys.meta_path if getattr(finder, "prefix", "") == "slow_package."))
 
 
 def loads() -> list[str]:
@@ -230,7 +231,9 @@ def test_a_deferred_package_is_loaded_once_when_it_is_used(package, use):
     assert slow_package.__file__ == str(package / "__init__.py") and loads() == []
     exec(use)
     exec(use)
-    assert loads() == ["slow_package"] and type(slow_package) is ModuleType
+    assert loads() == ["slow_package", "slow_package.part"] and type(slow_package) is ModuleType
+    assert slow_package.part is sys.modules["slow_package.part"]
+    assert slow_package.part.__spec__.loader.path == str(package / "part.py")
     with pytest.raises(AttributeError):
         _ = slow_package.missing
 
@@ -243,10 +246,12 @@ def test_a_deferred_package_that_fails_is_tried_again(package):
     with pytest.raises(ModuleNotFoundError, match="nowhere_at_all"):
         _ = slow_package.value
     assert "slow_package" not in sys.modules
+    with pytest.raises(ModuleNotFoundError, match="nowhere_at_all"):  # who holds it finds the cause again
+        _ = slow_package.value
     (package / "part.py").write_text(text + "# another size\n")
     from slow_package import value
 
-    assert value == 42 and loads() == ["slow_package"] * 2
+    assert value == 42 and loads()[-2:] == ["slow_package", "slow_package.part"]
 
 
 def test_what_is_not_installed_or_loaded_is_not_deferred():

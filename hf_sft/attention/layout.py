@@ -54,6 +54,10 @@ class Group(NamedTuple):
     clean: int
     lower: int
 
+    def first(self, window: int | None) -> int:
+        """The first clean position that the group can see: a sliding window ends before its smallest anchor."""
+        return 0 if window is None else max(0, self.lower + 1 - window)
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -107,7 +111,8 @@ class Layout:
         return mask
 
     def group_mask(self, start: int, row: int, group: Group, window: int | None = None) -> Tensor:
-        """[S, clean + S] bool, ``allowed`` for the S queries of a group: the document's first clean tokens, then the group.
+        """[S, clean - first + S] bool, ``allowed`` for the S queries of a group: the document's clean tokens from the first that
+        the group can see (``Group.first``), then the group.
 
         The document begins at row ``start``, the group at ``row``. The mask is kept: every layer asks for it again.
         """
@@ -117,11 +122,12 @@ class Layout:
         assert self.block is not None and self.limit is not None, "groups belong to noisy streams"
         own = slice(row, row + group.length)
         block, order = self.block[own], torch.arange(group.length, device=self.pos.device)
-        clean = self.pos[start : start + group.clean][None, :] < self.limit[own][:, None]
+        seen = self.pos[start + group.first(window) : start + group.clean]
+        clean = seen[None, :] < self.limit[own][:, None]
         noisy = (block[:, None] == block[None, :]) & (order[None, :] <= order[:, None])
         mask = torch.cat([clean, noisy], dim=1)
         if window is not None:
-            keys = torch.cat([self.pos[start : start + group.clean], self.pos[own]])
+            keys = torch.cat([seen, self.pos[own]])
             mask &= self.pos[own][:, None] - keys[None, :] < window
         return mask
 

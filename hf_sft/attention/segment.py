@@ -70,7 +70,8 @@ def _for_each_query_head(query: Tensor, key: Tensor, value: Tensor) -> tuple[Ten
 
 def _attend_causal(q: Tensor, k: Tensor, v: Tensor, layout: Layout, rules: Rules) -> list[Tensor]:
     """One clean stream. Where a sliding window ends before the document does, block by block of queries, each with the keys
-    of its own block and those that the window reaches before it: twice the area of the band, not the square of the document."""
+    of its own block and those that the window reaches before it: twice the area of the band (from windows of 128 on), and not
+    the square of the document."""
     window, length = rules.sliding_window, q.shape[2]
     if window is None or length <= window:
         return [_attend(q, k, v, None, True, rules)]
@@ -109,9 +110,8 @@ def _attend_dual(
     outputs = _attend_causal(q0, k0, v0, layout, rules)
     row, window = start + clean, rules.sliding_window
     for group, q_n, k_n, v_n in zip(groups, q_groups, k_groups, v_groups, strict=True):
-        first = 0 if window is None else max(0, group.lower + 1 - window)
-        seen = slice(first, group.clean)
-        mask = layout.group_mask(start, row, group, window)[:, first:]
+        seen = slice(group.first(window), group.clean)
+        mask = layout.group_mask(start, row, group, window)
         keys, values = (torch.cat([k0[:, :, seen], k_n], dim=2), torch.cat([v0[:, :, seen], v_n], dim=2))
         outputs.append(_attend(q_n, keys, values, mask, False, rules))
         row += group.length

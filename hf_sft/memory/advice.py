@@ -11,7 +11,11 @@ from hf_sft.memory.plan import Plan, estimate, fits
 
 _SHORTEST = 512  # tokens: shorter documents are not proposed
 _DEVICES = (2, 4, 8, 16, 32)
-_FILES, _BUCKET = "train_args/deepspeed", 200_000_000  # ready files, and numbers of their buckets
+_FILES = "train_args/deepspeed"
+# What the ready files say of their buckets; ZeRO-3's follows the width.
+_BUCKETS: dict[str, dict[str, Any]] = {
+    "zero2": {"bucket": 200_000_000, "overlap": True}, "zero3": {"bucket": 0, "overlap": True},
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -128,8 +132,8 @@ def _sharding(plan: Plan) -> Iterator[tuple[dict[str, Any], Plan]]:
         return
     for higher in range(max(2, stage + 1), 4):
         arguments = {"deepspeed": f"{_FILES}/zero{higher}.json"} if plan.engine_file else {"zero_stage": higher}
-        bucket = _BUCKET if plan.engine_file else plan.bucket
-        yield arguments, replace(plan, engine=f"zero{higher}", bucket=bucket)
+        engine = f"zero{higher}"
+        yield arguments, replace(plan, engine=engine, **(_BUCKETS[engine] if plan.engine_file else {}))
 
 
 def _offloading(plan: Plan) -> Iterator[tuple[dict[str, Any], Plan]]:
@@ -138,7 +142,8 @@ def _offloading(plan: Plan) -> Iterator[tuple[dict[str, Any], Plan]]:
     if not plan.engine_file:
         yield {"offload_optimizer": "cpu"}, replace(plan, offload_optimizer=True)
     elif plan.engine != "zero1":
-        away = replace(plan, offload_optimizer=True, offload_param=plan.engine == "zero3", bucket=_BUCKET)
+        whole = plan.engine == "zero3"
+        away = replace(plan, offload_optimizer=True, offload_param=whole, **_BUCKETS[plan.engine])
         yield {"deepspeed": f"{_FILES}/{plan.engine}_offload.json"}, away
 
 

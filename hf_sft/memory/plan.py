@@ -209,8 +209,9 @@ def estimate(plan: Plan) -> Estimate:
         ValueError: a model that cannot be built, or an engine or policy that does not exist.
     """
     found, layers, state = plan.activations, plan.layers, plan.state
-    half = plan.precision is not None and not plan.adapter_stays
-    shards = state.per_device(plan.engine, plan.devices, half=half, reshard=plan.reshard)
+    shards = state.per_device(plan.engine, plan.devices, half=plan.precision is not None, reshard=plan.reshard)
+    if plan.adapter_stays and plan.precision is not None:
+        shards = replace(shards, weights=shards.weights + 2 * state.trained / plan.devices)
     shards, host = _offloaded(plan, shards)
     average = 4 * state.trained if plan.average else 0
     always = {
@@ -221,8 +222,11 @@ def estimate(plan: Plan) -> Estimate:
     }
     buffers = {name: round(shards.buffers) + size for name, size in buffers_of(plan)._asdict().items()}
     gradients = round(shards.gradients)
-    # Between two steps there are none, but in ZeRO-3's buffer.
+    # Between two steps there are none, but in ZeRO-3's buffer. Until the last of several micro-batches FSDP2 keeps them whole: it
+    # sends nothing before (accelerate's ``no_sync``).
     standing = gradients if plan.accumulation > 1 or plan.engine == "zero3" else 0
+    if plan.engine == "fsdp" and plan.accumulation > 1:
+        standing = 4 * state.trained
     of_head = min(gradients, _head_gradient(plan))
     batch = {"attention mask": found.mask, "activations": found.kept(layers)}
     passing = batch | {"weights in autocast's type": found.copies(layers)}
@@ -240,12 +244,16 @@ def estimate(plan: Plan) -> Estimate:
             **held["last"],
         },
         "backward pass, first layer": {
-            "gradients": gradients,
+            "gradients": max(standing, gradients),
             **low,
             "a layer's backward pass": found.backward,
             **held["first"],
         },
-        "end of the backward pass": {"gradients": gradients, "attention mask": found.mask, **held["end"]},
+        "end of the backward pass": {
+            "gradients": max(standing, gradients),
+            "attention mask": found.mask,
+            **held["end"],
+        },
         "optimizer step": {"gradients": gradients, "temporaries": _step_bytes(plan), **standing_buffers},
     }
     if plan.eval_rows:
@@ -279,9 +287,9 @@ class Buffers(NamedTuple):
 
 
 def buffers_of(plan: Plan) -> Buffers:
-    """ZeRO-1 and 2 have their buckets in the backward pass, and copy what is in one where it is reduced; ZeRO-3 has one all the
-    time, and weights of up to 10^9 numbers whole. FSDP2 has two layers whole with one layer's float32 gradient, and from the
-    forward to the backward pass embeddings and head, which stay whole.
+    """ZeRO-1 and 2 have their buckets in the backward pass, ZeRO-3 has one all the time, and weights of up to 10^9 numbers whole;
+    all copy what is in a bucket when it is reduced. FSDP2 has two layers whole with one layer's float32 gradient, and from the
+    forward to the backward pass embeddings and head, which stay whole; without resharding everything is whole anyway.
 
     Read in DeepSpeed 0.19 (``setup_buckets`` of stage_1_and_2.py, ``_setup_for_real_optimizer`` of stage3.py) and measured by
     ``benchmarks/memory_engines.py``.
@@ -293,8 +301,9 @@ def buffers_of(plan: Plan) -> Buffers:
         return _buffers_of_fsdp(plan, wide)
     numbers = plan.bucket or plan.config.get_text_config().hidden_size ** 2
     if plan.engine == "zero3":
-        whole = min(10**9, plan.state.trained + plan.state.frozen)
-        return Buffers(*5 * [(4 if plan.adapter_stays else wide) * numbers + wide * whole])
+        always = wide * numbers + wide * min(10**9, plan.state.trained + plan.state.frozen)
+        reducing = always + wide * min(numbers, plan.state.trained)
+        return Buffers(always, always, reducing, reducing, reducing)
     buckets = wide * numbers * (2 if plan.overlap else 1)
     copied = wide * min(numbers, plan.state.trained)
     flushed = buckets + copied
@@ -304,16 +313,17 @@ def buffers_of(plan: Plan) -> Buffers:
 def _buffers_of_fsdp(plan: Plan, wide: int) -> Buffers:
     with torch.device("meta"):
         model = build(plan.config, torch.bfloat16)
-    root = {id(m.weight): m.weight.numel() for m in (model.get_input_embeddings(), model.get_output_embeddings())}
-    whole, outside = sum(p.numel() for p in model.parameters()), sum(root.values())
+    ends = {id(m.weight): m.weight.numel() for m in (model.get_input_embeddings(), model.get_output_embeddings())}
+    whole, outside = sum(p.numel() for p in model.parameters()), sum(ends.values())
     layer, gradient = (whole - outside) // plan.layers, 4 if plan.train_mode == "full" else 0
-    layers = (2 * wide + gradient) * layer
+    gathered = 2 * wide * layer if plan.reshard else 0
+    root = wide * outside if plan.reshard else 0
     return Buffers(
-        forward=2 * wide * layer + wide * outside,
-        head=wide * outside,
-        last=layers + wide * outside,
-        first=layers + (2 if gradient else 1) * wide * outside,
-        end=(wide + gradient) * outside,
+        forward=gathered + root,
+        head=root,
+        last=gathered + gradient * layer + root,
+        first=gathered + gradient * layer + root + gradient * outside,
+        end=root + gradient * outside,
     )
 
 

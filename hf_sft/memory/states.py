@@ -74,7 +74,7 @@ class State:
             gradients = wide * trained / (1 if engine == "zero1" else devices)
             return Shards(weights, gradients, 4 * trained / devices + moments, 0)
         if engine == "fsdp":
-            whole = 0 if reshard else wide * trained
+            whole = 0 if reshard else wide * (trained + self.frozen)
             return Shards((self.frozen_weights + 4 * trained) / devices, 4 * trained / devices, moments, whole)
         raise ValueError(f"engine is {engine!r}; choose none, ddp, zero1, zero2, zero3 or fsdp")
 
