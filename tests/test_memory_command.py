@@ -103,6 +103,33 @@ def test_more_devices_are_proposed_with_all_that_is_asked_for(config, inspect):
     assert again["total"] == more["total"]
 
 
+@pytest.mark.parametrize("number", [0, 1])
+def test_the_examples_of_the_docs_are_what_is_printed(number, tmp_path, monkeypatch, capsys):
+    page = (runs.ROOT / "docs" / "memory.md").read_text(encoding="utf-8")
+    example = re.findall(r"\n\n((?:    .*\n|\n)*    qwen3-8b \(8.19(?:.*\n|\n)(?:    .*\n|\n)*)", page)[number]
+    memory.config_of(memory.SHAPES["Qwen/Qwen3-8B"]).save_pretrained(tmp_path / "qwen3-8b")
+    monkeypatch.chdir(tmp_path)
+    words = "--config_name_or_path qwen3-8b --bf16 --max_seq_length 4096 --gpu_memory 80".split()
+    words += (
+        "--per_device_train_batch_size 4 --gradient_accumulation_steps 2".split(),
+        "--train_mode lora --activation_checkpointing --per_device_train_batch_size 1 --gradient_accumulation_steps 8".split(),
+    )[number]
+    assert main(["inspect", "--memory", *words]) == 0
+    printed = capsys.readouterr().out
+    assert [line.strip() for line in printed.splitlines() if line] == [
+        line.strip() for line in example.splitlines() if line
+    ]
+
+
+def test_small_models_are_told_in_mib_and_what_to_name_is_said(tmp_path, inspect):
+    small = tiny.save_tiny(tmp_path / "small")
+    _, text = inspect("--model", small, "--bf16", "--max_seq_length", 64)
+    assert "MiB on each device" in text and "--gpu_memory with the GiB" in text
+    assert re.search(r"\([\d,]+ parameters\)", text)
+    _, text = inspect("--model", small, "--bf16", "--max_seq_length", 64, "--gpu_memory", 8)
+    assert "--gpu_memory with" not in text
+
+
 def test_advised_files_are_counted_with_their_own_buckets(config):
     """What the advice says of a ready file is what the command says once it is named."""
     shared = {"config_name_or_path": str(config), "bf16": True, "max_seq_length": 256}

@@ -336,6 +336,8 @@ def _report(plan: Plan, found: Estimate, memory: float | None, where: str) -> tu
         lines.append(f"fits on: {_card(found.card)}, with a tenth and 2 GiB for what is not counted")
     if not is_counted(plan.optim):
         lines.append(f"optim {plan.optim} is counted as AdamW")
+    if memory is None and plan.device == "cuda":
+        lines.append("--gpu_memory with the GiB of a device says what to change to fit, or what would be faster")
     if fitting is not None:
         lines.append(f"{where}: it {'fits' if fitting else 'does not fit'}")
     if changes:
@@ -360,7 +362,9 @@ def _described(plan: Plan) -> dict[str, str]:
     engine = {"none": "one device", "ddp": "DDP", "fsdp": "FSDP2"}.get(plan.engine, f"ZeRO-{plan.engine[-1]}")
     checkpointing = "" if not plan.checkpointing else "" if plan.policy == "full" else f", {plan.policy} kept"
     return {
-        "model": f"{name} ({parameters / 1e9:.2f} x 10^9 parameters)",
+        "model": f"{name} ({parameters / 1e9:.2f} x 10^9 parameters)"
+        if parameters >= 1e8
+        else f"{name} ({parameters:,} parameters)",
         "mode": f"{plan.train_mode}, {state.trained / 1e6:,.1f} x 10^6 trained",
         "precision": "no mixed precision" if plan.precision is None else f"mixed precision {plan.precision}",
         "objective": batch.objective,
@@ -372,13 +376,14 @@ def _described(plan: Plan) -> dict[str, str]:
 
 
 def _table(found: Estimate) -> list[str]:
-    rows = [("GiB on each device", "")]
-    rows += [(name, f"{size / _GIB:.2f}") for name, size in found.parts.items()]
-    rows.append((f"sum, at the peak ({found.moment})", f"{found.total / _GIB:.2f}"))
+    unit, name_of_unit = (_GIB, "GiB") if found.total >= _GIB else (2**20, "MiB")
+    rows = [(f"{name_of_unit} on each device", "")]
+    rows += [(name, f"{size / unit:.2f}") for name, size in found.parts.items()]
+    rows.append((f"sum, at the peak ({found.moment})", f"{found.total / unit:.2f}"))
     width = max(len(name) for name, _ in rows)
     lines = [f"{name:<{width}}  {size:>8}".rstrip() for name, size in rows]
     if found.host:
-        lines.append(f"{'in the memory of the host':<{width}}  {found.host / _GIB:>8.2f}")
+        lines.append(f"{'in the memory of the host':<{width}}  {found.host / unit:>8.2f}")
     return lines
 
 
