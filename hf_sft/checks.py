@@ -21,7 +21,10 @@ FLASH_REFUSED = (
     "attention_backend is flash and objective is wedlm: flash kernels know whole causal documents by their lengths alone, and "
     "cannot be told which block of the noisy stream sees what; choose auto, segment, dense, flex or magi"
 )
-_NOT_NEGATIVE = ("learning_rate", "weight_decay", "max_grad_norm", "adam_epsilon", "dataloader_num_workers")
+_NOT_NEGATIVE = (
+    "learning_rate", "weight_decay", "max_grad_norm", "adam_epsilon", "dataloader_num_workers", "logging_steps", "save_steps",
+    "eval_steps",
+)  # fmt: skip
 # What report_to can name: the modules of which one is needed, and the package that brings it. kubeflow needs none.
 _REPORTERS: dict[str, tuple[tuple[str, ...], str]] = {
     "azure_ml": (("azureml",), "azureml-sdk"),
@@ -366,8 +369,10 @@ def check_training(training: Any, data: DataArguments, given: set[str]) -> Itera
     for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
         if getattr(training, name) < 1:
             yield f"{name} is {getattr(training, name)}: use at least 1"
+    if training.max_steps < -1:
+        yield f"max_steps is {training.max_steps}: use 1 or more, or leave it out (-1: as many as num_train_epochs has)"
     for name in _NOT_NEGATIVE:
-        if getattr(training, name) < 0:
+        if (getattr(training, name) or 0) < 0:
             yield f"{name} is {getattr(training, name):g}: it must not be negative; use 0 or more"
     for name in ("seed", "data_seed"):
         value = getattr(training, name)
