@@ -103,7 +103,7 @@ def work(case: Case, folder: Path) -> int:
             if state.global_step == STEPS:
                 self.mark.__exit__(None, None, None)
 
-    watch = Watch()
+    watch, before = Watch(), allocated(standing_tensors())
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         arguments = parse_values(case.arguments(folder))
         model = load_model(arguments.model, arguments.lora, training=arguments.training)
@@ -112,7 +112,7 @@ def work(case: Case, folder: Path) -> int:
             attention_backend=arguments.model.attention_backend, callbacks=[watch],
         )  # fmt: skip
         trainer.train()
-    return watch.standing + _buckets_of_ddp(trainer.model_wrapped) + growth(seen)
+    return watch.standing - before + _buckets_of_ddp(trainer.model_wrapped) + growth(seen)
 
 
 def _buckets_of_ddp(model: Any) -> int:
