@@ -143,15 +143,8 @@ def launch(engine: str, steps: int, processes: int, growing: bool = False) -> di
     """Judged by the result alone: gloo now and then aborts a process at its exit."""
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "found.json"
-        words = [
-            "--engine",
-            engine,
-            "--steps",
-            str(steps),
-            "--output",
-            str(target),
-            *(["--growing"] if growing else []),
-        ]
+        words = ["--engine", engine, "--steps", str(steps), "--output", str(target)]
+        words += ["--growing"] if growing else []
         done = launched(__file__, words, processes, threads=1 if growing else 2 // processes)
         if not target.is_file():
             raise RuntimeError(f"{engine}: {done.stderr[-4000:]}")

@@ -17,6 +17,7 @@ import gc
 import itertools
 import json
 import logging
+import os
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -26,11 +27,12 @@ from typing import Any
 
 import torch
 from engines import launched
-from memory_error import MIB, _shape
+from memory import config_of
+from memory_error import MIB, small_shape
 from records import conclude, parser, percent, table
 
 WATCHED, STEPS = "the watched step", 3
-MODEL = _shape("qwen3", 384, 1152, 8, 8192)
+MODEL = small_shape("qwen3", 384, 1152, 8, 8192)
 LENGTH = 512
 
 
@@ -167,15 +169,13 @@ def walk(roots: list[Any]) -> Iterator[Any]:
 
 def measure(case: Case, folder: Path) -> dict[str, Any]:
     """Estimate and measured peak of a case, in bytes of one process."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     from hf_sft.commands.memory import plan_of
     from hf_sft.memory.plan import estimate
 
-    shape = dict(MODEL)
-    config = AutoConfig.for_model(shape.pop("model_type"), **shape)
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder / "model")
+    AutoModelForCausalLM.from_config(config_of(MODEL), dtype=torch.bfloat16).save_pretrained(folder / "model")
     said = estimate(plan_of(case.arguments(folder), case.processes))
     peaks = [folder / f"peak-{rank}" for rank in range(case.processes)]
     words = ["--work", case.name, "--folder", str(folder)]
@@ -211,8 +211,6 @@ def main() -> None:
     options = words.parse_args()
     cases = {case.name: case for case in CASES}
     if options.work:
-        import os
-
         peak = work(cases[options.work], options.folder)
         (options.folder / f"peak-{os.environ.get('RANK', '0')}").write_text(str(peak))
         return

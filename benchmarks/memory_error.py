@@ -27,8 +27,9 @@ from typing import Any
 
 import psutil
 import torch
+from memory import config_of
 from records import percent, write_record
-from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM, TrainerCallback
 from transformers.utils import logging as hf_logging
 
 from hf_sft import (
@@ -49,7 +50,7 @@ MIB = 2**20
 _STEPS, _RANK = 3, 16
 
 
-def _shape(kind: str, width: int, inner: int, layers: int, vocabulary: int, **more: Any) -> dict[str, Any]:
+def small_shape(kind: str, width: int, inner: int, layers: int, vocabulary: int, **more: Any) -> dict[str, Any]:
     return dict(
         model_type=kind, hidden_size=width, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=8,
         num_key_value_heads=4, head_dim=width // 8, vocab_size=vocabulary, max_position_embeddings=4096,
@@ -57,8 +58,8 @@ def _shape(kind: str, width: int, inner: int, layers: int, vocabulary: int, **mo
     )  # fmt: skip
 
 
-QWEN, LLAMA = _shape("qwen3", 256, 768, 4, 6400), _shape("llama", 512, 1408, 8, 32000)
-GEMMA, NARROW = _shape("gemma", 256, 1024, 4, 32000), _shape("qwen3", 256, 1024, 6, 512)
+QWEN, LLAMA = small_shape("qwen3", 256, 768, 4, 6400), small_shape("llama", 512, 1408, 8, 32000)
+GEMMA, NARROW = small_shape("gemma", 256, 1024, 4, 32000), small_shape("qwen3", 256, 1024, 6, 512)
 
 
 @dataclass(frozen=True)
@@ -121,9 +122,8 @@ CASES = [
 
 
 def planned(case: Case, device: str) -> Plan:
-    shape = dict(case.shape)
     return Plan(
-        AutoConfig.for_model(shape.pop("model_type"), **shape),
+        config_of(case.shape),
         train_mode=case.mode,
         lora=case.lora,
         precision=case.precision,
@@ -187,10 +187,8 @@ def optimizer_tensors(optimizer: Any) -> list[torch.Tensor]:
 
 def load(case: Case, folder: Path) -> Any:
     """The model of a case, as train.py loads it."""
-    shape = dict(case.shape)
-    config = AutoConfig.for_model(shape.pop("model_type"), **shape)
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    AutoModelForCausalLM.from_config(config_of(case.shape), dtype=torch.bfloat16).save_pretrained(folder)
     rows = [case.shape["vocab_size"] - 1] if case.objective == "wedlm" and case.mode != "full" else []
     named = ModelArguments(model_name_or_path=str(folder), train_mode=case.mode)  # type: ignore[arg-type]
     return load_model(named, case.lora, input_rows=rows)

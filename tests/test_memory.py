@@ -222,9 +222,8 @@ def test_state_per_device():
     assert state.per_device("zero2", 7).total == 200 + (2 + 2) * 10
     assert state.per_device("zero3", 8).total == state.per_device("fsdp", 8).total == (200 + 160) / 8
     assert state.per_device("zero3", 8, half=False).total == (200 + 200) / 8
-    assert (
-        state.per_device("fsdp", 8, reshard=False).total == (200 + 160) / 8 + 2 * 110
-    )  # what is frozen is gathered as well
+    gathered = 2 * (100 + 10)  # what is frozen as well
+    assert state.per_device("fsdp", 8, reshard=False).total == (200 + 160) / 8 + gathered
     plain, one = replace(state, moments=0, optimizer=0), replace(state, moments=1, optimizer=40)
     assert plain.per_device("zero2", 2).optimizer == 4 * 10 / 2 and one.per_device("zero2", 2).optimizer == 8 * 10 / 2
     assert plain.per_device("fsdp", 2).optimizer == 0 and one.per_device("fsdp", 2).optimizer == 4 * 10 / 2

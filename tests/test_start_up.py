@@ -194,8 +194,7 @@ def package(tmp_path, monkeypatch):
     folder = tmp_path / "slow_package"
     folder.mkdir()
     (folder / "__init__.py").write_text(
-        "import builtins\nbuiltins.loads.append(__name__)\nhere = 'hidden' in globals()\n"
-        "from slow_package import part\nvalue = part.half * 2\n"
+        "import builtins\nbuiltins.loads.append(__name__)\nfrom slow_package import part\nvalue = part.half * 2\n"
     )
     (folder / "part.py").write_text("import builtins, slow_package\nbuiltins.loads.append(__name__)\nhalf = 21\n")
     monkeypatch.syspath_prepend(tmp_path)
