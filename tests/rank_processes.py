@@ -72,6 +72,19 @@ def slow_loading(note: Path) -> None:
     loading._load_weights = slow
 
 
+def slow_to_leave(seconds: float) -> None:
+    """Let a process need this long to leave the group, as on a busy machine."""
+    from hf_sft.training import failures
+
+    original = failures._leave_process_group
+
+    def slow(**options: Any) -> None:
+        time.sleep(seconds)
+        original(**options)
+
+    failures._leave_process_group = slow
+
+
 def die_while_tokenising(note: Path) -> None:
     """Be killed when the others wait and two more processes tokenise."""
     import multiprocessing
@@ -99,6 +112,8 @@ def install(fault: dict[str, Any]) -> None:
     from hf_sft.training.trainer import SFTTrainer
 
     note = Path(fault["note"])
+    if "slow_to_leave" in fault:
+        slow_to_leave(fault["slow_to_leave"])
     if fault["what"] == "slow":
         return slow_loading(note)
     if fault["what"] == "die while tokenising":

@@ -128,6 +128,17 @@ def test_one_that_fails_ends_all(forks, base, tmp_path, where, what, rank) -> No
 
 
 @slow
+def test_all_that_fail_at_once_say_why(forks, base, tmp_path) -> None:
+    """What one of them says to the others takes nothing from its time to end, however long it needs to leave the group."""
+    values = runs.arguments(base, output_dir=str(tmp_path / "out"), per_device_train_batch_size=1)
+    fault = {"where": "compute_loss", "what": "sentence", "ranks": [0, 1], "calls": 3, "slow_to_leave": 6}
+    ended = forks.run(tmp_path, values, fault={**fault, "note": str(tmp_path / "note")})
+    assert ended.codes == [2, 2], ended.output
+    assert all("error: a sentence for the user" in output for output in ended.output)
+    assert max(ended.times) - float((tmp_path / "note").read_text()) < ENOUGH
+
+
+@slow
 @pytest.mark.parametrize("where", ["compute_loss", "tokenising"])
 def test_one_that_is_killed_ends_the_others(forks, base, tmp_path, where) -> None:
     """Without a launcher, and without a word from it. Processes that tokenise for it end too."""

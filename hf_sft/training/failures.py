@@ -21,6 +21,7 @@ _FAILED, _HEARD = "hf_sft/failed", "hf_sft/heard"  # why, and how many others kn
 _POLL_SECONDS = 1.0
 _PATIENCE_SECONDS = 12 * 3600.0
 _GRACE_SECONDS = 3.0  # for a process to end by itself when another has failed
+_OWN_SECONDS = 10.0  # and for one that has failed: it tells the others, leaves the group and prints its message
 _LOST = (
     "connection closed by peer",
     "connection reset by peer",
@@ -115,6 +116,7 @@ class _Watch:
         self.rank = dist.get_rank()
         self.store = _store()
         self.told: str | None = None  # what another process has said
+        self.own = ""  # what this one says
         self.failed = threading.Event()  # this one has
         self.over = threading.Event()
         self.thread = threading.Thread(target=self._look, daemon=True, name="hf_sft watch")
@@ -141,11 +143,11 @@ class _Watch:
         if lost_connection(error):
             return
         text = " ".join(f"{'' if isinstance(error, ValueError) else type(error).__name__ + ': '}{error}".split())
+        self.own = f"rank {self.rank}: {text[:500]}"
         with suppress(Exception):  # the store may have gone with another process
-            self._read()
-            if self.told is not None:
+            if self.store.compare_set(_FAILED, "", self.own).decode(errors="replace") != self.own:
+                self._read()
                 return
-            self.store.set(_FAILED, f"rank {self.rank}: {text[:500]}")
             deadline = time.monotonic() + 3 * _POLL_SECONDS  # the store may be this process's own, and go with it
             while self.store.add(_HEARD, 0) < _world() - 1 and time.monotonic() < deadline:
                 time.sleep(0.05)
@@ -170,10 +172,9 @@ class _Watch:
                 self._read()
             except Exception:  # the store has gone, and with it the process that keeps it
                 self.told = self.told or "rank 0, or its launcher, has gone"
-        if self.over.wait(_GRACE_SECONDS):
+        if self.over.wait(_GRACE_SECONDS) or (self.failed.is_set() and self.over.wait(_OWN_SECONDS)):
             return
-        if not self.failed.is_set():
-            print(f"error: {self.cause()}", file=sys.stderr, flush=True)
+        print(f"error: {self.own or self.cause()}", file=sys.stderr, flush=True)
         os._exit(1)  # what hangs, such as a collective, cannot be left otherwise
 
 
