@@ -101,6 +101,37 @@ def test_unknown_command(capsys, word, hint):
     assert capsys.readouterr().err == f"error: hf-sft has no command {word}; {hint}\n"
 
 
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("generate model --promt a", "hf-sft generate has no option --promt: did you mean --prompt?"),
+        (
+            "generate model --prompt a --xyz",
+            "hf-sft generate has no option --xyz; hf-sft generate --help lists the options",
+        ),
+        ("generate model more --prompt a", "hf-sft generate has no place for 'more'; hf-sft generate --help lists"),
+        ("generate model", "one of the arguments --prompt --file is required; hf-sft generate --help lists"),
+        ("chat model --top-k many", "argument --top_k: invalid int value: 'many'; hf-sft chat --help lists"),
+        ("merge --ont=original", "hf-sft merge has no option --ont: did you mean --onto?"),
+        ("merge", "the following arguments are required: adapter, --output_dir; hf-sft merge --help"),
+        ("evaluate model --file f --sampels 3", "hf-sft evaluate has no option --sampels: did you mean --samples?"),
+        (
+            "inspect --memory --model m --gpu_memroy 8",
+            "inspect --memory has no option --gpu_memroy: did you mean --gpu_memory?",
+        ),
+        ("inspect --model m --file f --htlm=a", "hf-sft inspect has no option --htlm: did you mean --html?"),
+        # as train says it, which knows its own arguments best
+        ("inspect --memory --model m --lora_rnak 8", "lora_rnak is no argument; did you mean lora_rank?"),
+        # an argument of train is none of its options, however near
+        ("inspect --memory --model m --run_name 1 --seed x", "seed is 'x': it must be a whole number"),
+    ],
+)
+def test_options_that_are_none(capsys, line, said):
+    assert cli.main(line.split()) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and said in err and "usage:" not in err
+
+
 @pytest.mark.parametrize(("result", "code"), [(None, 0), (0, 0), (3, 3)])
 def test_exit_codes(result, code):
     assert cli.run_command(lambda argv: result, []) == code

@@ -414,7 +414,9 @@ def test_the_difference_is_printed(tmp_path, capsys, kind, onto, limit) -> None:
     """With bfloat16 products, and with 8 bits, whose activations are quantised as well, nothing is exact."""
     adapter, _, _ = qlora_run(tmp_path, quantization=kind)
     assert merge.main([adapter, "--output_dir", str(tmp_path / "m"), "--onto", onto]) == 0
-    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("Compared:"))
+    printed = capsys.readouterr().out
+    line = next(line for line in printed.splitlines() if line.startswith("Compared:"))
+    assert ("--onto dequantized merges into them" in printed) is (onto == "original"), "what training computed with"
     largest, share = re.search(rf"base \({kind}.* products\): (\S+), (\S+) of their spread", line).groups()
     assert float(largest) > 1e-6
     assert 0 < float(share) < limit

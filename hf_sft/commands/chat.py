@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_sft.commands.options import (
+    CommandParser,
     add_answer_options,
     add_model_options,
     answer_options,
@@ -40,7 +41,7 @@ _CONTROLS[ord("\r")] = ""
 
 def main(argv: Sequence[str]) -> int:
     """Chat as ``argv`` says; returns 0. Raises ValueError for everything that a user can put right."""
-    options = _parser().parse_args(argv)
+    options = _parser().options(argv)
     check_answer_options(options)
     with importing():
         from hf_sft.answering import Answerer
@@ -60,8 +61,8 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> CommandParser:
+    parser = CommandParser(
         prog="hf-sft chat",
         description="Chat with a trained model. Where the input is no terminal, each of its lines is a message.",
         epilog=_HELP,

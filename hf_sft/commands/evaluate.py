@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_sft.commands.benchmarks import check_tasks, run_benchmarks
 from hf_sft.commands.options import (
+    CommandParser,
     add_decoding_options,
     add_model_options,
     check_decoding_options,
@@ -37,7 +38,7 @@ _DETAILS = "masked_loss_at_", "masked_accuracy_at_"  # a line for each masking r
 
 def main(argv: Sequence[str]) -> int:
     """Evaluate as ``argv`` says; returns 0. Raises ValueError for everything that a user can put right."""
-    options, rest = _parser().parse_known_args(argv)
+    options, rest = _parser().options_and_rest(argv)
     _check(options, rest)
     from hf_sft.commands.measuring import materials
     from hf_sft.commands.train import log_to_terminal
@@ -69,13 +70,12 @@ def main(argv: Sequence[str]) -> int:
 # ---- options ----
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> CommandParser:
+    parser = CommandParser(
         prog="hf-sft evaluate",
         description="Measure a model, an adapter or the output folder of a run on a file: loss, and answers to its prompts.",
         epilog="How the data are read is taken from the run's args.json. Every argument of hf-sft train may follow and wins, "
         "such as --max_seq_length or --task_type.",
-        allow_abbrev=False,
     )
     add_model_options(parser)
     parser.add_argument("--file", nargs="+", help="the data, in any format that train reads; with the answers expected")
@@ -247,8 +247,13 @@ def _measure(
         found = [Column(subject.name, subject.path, None, {})]
     else:
         found = measure(subject, material, model, request)
+    dtype, trained = str(model.dtype).removeprefix("torch."), _autocast_of(subject.record)
     for column in found:
-        column.dtype = str(model.dtype).removeprefix("torch.")
+        column.dtype = dtype
+        if trained not in (None, dtype):
+            column.notes.append(
+                f"computed in {dtype}; training was under autocast to {trained}: --dtype {trained} is like it"
+            )
     columns += found
     if options.tasks:
         scores = run_benchmarks(
@@ -263,6 +268,12 @@ def _measure(
         )
         for of_task in scores:
             found[-1].metrics.update(of_task)  # the harness decodes token by token
+
+
+def _autocast_of(record: Mapping[str, Any]) -> str | None:
+    """The type that a run multiplied in, where that was not its weights' own."""
+    training = record.get("training", {})
+    return next((dtype for key, dtype in (("bf16", "bfloat16"), ("fp16", "float16")) if training.get(key)), None)
 
 
 def _warn_of_different_tokens(columns: Sequence[Column]) -> None:

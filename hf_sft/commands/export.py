@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 
 from hf_sft.commands.options import (
+    CommandParser,
     add_dtype_option,
     add_raw_weights_option,
     add_writing_options,
@@ -23,7 +23,7 @@ _ONLY = {"wedlm": ("base", "mask_token_id", "raw_weights"), "safetensors": ("dty
 
 def main(argv: Sequence[str]) -> int:
     """Export as ``argv`` says; returns 0. Raises ValueError for everything that a user can put right."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="hf-sft export", description="Write a model, an adapter or a sharded checkpoint for another program."
     )
     parser.add_argument("source", help="folder (or hub name) of the model or of the adapter; or a sharded checkpoint")
@@ -36,7 +36,7 @@ def main(argv: Sequence[str]) -> int:
     )
     add_dtype_option(parser, "as the checkpoint holds them (safetensors alone)")
     parser.add_argument("--max_shard_size", help="safetensors: largest file; default: 5GB")
-    options = parser.parse_args(argv)
+    options = parser.options(argv)
     for name in (name for format, names in _ONLY.items() if format != options.format for name in names):
         if (given := getattr(options, name)) is not None and given is not False:
             raise ValueError(f"--{name} has no place in --format {options.format}; leave it out.")

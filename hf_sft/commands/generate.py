@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from hf_sft.commands.options import (
+    CommandParser,
     add_answer_options,
     add_model_options,
     answer_options,
@@ -28,7 +29,7 @@ _INTERRUPTED = 130  # exit code, as of a process that Ctrl-C has ended
 
 def main(argv: Sequence[str]) -> int:
     """Generate as ``argv`` says; returns the exit code. Raises ValueError for everything that a user can put right."""
-    options = _parser().parse_args(argv)
+    options = _parser().options(argv)
     if options.batch_size < 1:
         raise ValueError(f"batch_size is {options.batch_size}; at least one prompt has to be decoded at a time")
     if options.raw and options.system is not None:
@@ -63,8 +64,8 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="hf-sft generate", description="Answer prompts with a trained model.")
+def _parser() -> CommandParser:
+    parser = CommandParser(prog="hf-sft generate", description="Answer prompts with a trained model.")
     add_model_options(parser)
     asked = parser.add_mutually_exclusive_group(required=True)
     asked.add_argument("--prompt", nargs="+", metavar="TEXT", help="one or several prompts")
@@ -178,4 +179,4 @@ def _report(answers: list[Answer]) -> None:
     rate = (
         f": {tokens / forwards:.2f} tokens per forward, prefix cacheability {tokens / processed:.2f}" if tokens else ""
     )
-    print(f"{len(answers)} answers, {tokens} new tokens{rate}", file=sys.stderr)
+    print(f"{len(answers)} answer{'s' * (len(answers) != 1)}, {tokens} new tokens{rate}", file=sys.stderr)

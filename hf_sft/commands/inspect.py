@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from hf_sft.commands.options import add_run_options, parse_data_run
+from hf_sft.commands.options import CommandParser, add_run_options, parse_data_run
 
 if TYPE_CHECKING:
     from hf_sft.inspection import Inspection
@@ -45,7 +45,7 @@ def data(words: Sequence[str]) -> int:
     """Show the data of a run as its model will see them; no GPU and no weights are needed."""
     from hf_sft.commands.train import log_to_terminal
 
-    options, rest = _parser().parse_known_args(words)
+    options, rest = _parser().options_and_rest(words)
     if rest and not rest[0].startswith("-") and options.train_args_file is None:
         options.train_args_file = rest.pop(0)  # as train takes it
     _check(options, rest)
@@ -63,15 +63,14 @@ def data(words: Sequence[str]) -> int:
     return int(options.strict and any(finding.severity == "error" for finding in inspection.findings))
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> CommandParser:
     modes = "\n".join(f"  --{mode:<8} {text}" for mode, (_, text) in MODES.items())
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="hf-sft inspect",
         description="Show what the model will see: figures, findings with what to do, and rows with what is learned of them.",
         epilog="Every argument of hf-sft train may follow, such as --eval_file or --max_seq_length.\n\n"
         f"other modes, each with its own --help:\n{modes}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     add_run_options(parser)
     parser.add_argument("--samples", type=int, default=5, metavar="N", help="rows drawn at random; default: 5")

@@ -7,7 +7,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from hf_sft.commands.options import add_decoding_options, add_run_options, decoding_options, parse_data_run
+from hf_sft.commands.options import (
+    CommandParser,
+    add_decoding_options,
+    add_run_options,
+    decoding_options,
+    parse_data_run,
+)
 
 # The built-in example: prompts and answers, tokenised at spaces.
 EXAMPLE = [("Capital of France ?", "The capital is Paris . <end>"), ("Say hi !", "Hi ! <end>")]
@@ -18,7 +24,7 @@ _MOST_TOKENS = 4000  # in both streams: the picture has the square of it in cell
 def main(words: Sequence[str]) -> int:
     """Draw the attention mask of documents, or the order in which an answer to a prompt is decoded. Raises ValueError for
     everything that a user can put right."""
-    options, rest = _parser().parse_known_args(words)
+    options, rest = _parser().options_and_rest(words)
     _check(options, rest)
     if options.prompt is not None:
         return _show_order(options)
@@ -43,8 +49,8 @@ def main(words: Sequence[str]) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> CommandParser:
+    parser = CommandParser(
         prog="hf-sft inspect --masks",
         description="Draw who sees whom in a WeDLM batch, with the noise of the run: of a built-in example, of the documents of "
         "a run (--train_args_file) or of a file (--model, --file). With --model and --prompt: the order in which a trained "

@@ -338,6 +338,7 @@ def _losses(arguments: Arguments, model: Any, tokenizer: Any, rows: Any, token: 
 
     from hf_sft.tasks import build_trainer
 
+    model.requires_grad_(False)  # nothing is trained, and there is nothing to warn of in how it would be
     trainer = build_trainer(arguments, model, tokenizer, None, rows, token)
     trainer.remove_callback(PrinterCallback)
     found = trainer.evaluate()

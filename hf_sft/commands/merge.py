@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 
 from hf_sft.commands.options import (
+    CommandParser,
     add_dtype_option,
     add_raw_weights_option,
     add_writing_options,
@@ -17,7 +18,7 @@ from hf_sft.imports import importing
 
 def main(argv: Sequence[str]) -> int:
     """Merge as ``argv`` says; returns 0. Raises ValueError for everything that a user can put right."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="hf-sft merge", description="Write an adapter merged into its base as one model, shard by shard."
     )
     parser.add_argument("adapter", help="folder (or hub name) of the adapter")
@@ -35,7 +36,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--no_check", action="store_true", help="do not compare the written model with the adapter on its base"
     )
-    options = parser.parse_args(argv)
+    options = parser.options(argv)
     check_raw_weights(options, options.adapter)
     tell_of_average(options, options.adapter)
 
@@ -67,7 +68,12 @@ def main(argv: Sequence[str]) -> int:
         print(f"Not compared with the adapter on its base: {reason}.")
         return 0
     try:
-        print(f"Compared: {measure_difference(options.adapter, folder, **told)}")
+        difference = measure_difference(options.adapter, folder, **told)
+        print(f"Compared: {difference}")
+        if difference.quantised and options.onto == "original":
+            print(
+                "Training computed with those weights and not with the original ones: --onto dequantized merges into them."
+            )
     except ValueError as error:  # the merged model stands; what cannot be had is the other one, as without bitsandbytes
         print(f"Not compared with the adapter on its base: {error}")
     return 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -10,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hf_sft.commands.options import CommandParser
 from hf_sft.conversion import convert, is_secret, show
 from hf_sft.legacy.rules import Entry
 from hf_sft.parsing import ArgumentsError
@@ -45,17 +45,16 @@ class Migrated:
 def main(argv: Sequence[str]) -> int:
     """Migrate as ``argv`` says; returns 0. Raises ValueError for everything that a user can put right."""
     own, flags = (list(argv), None) if "--" not in argv else _split(list(argv))
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="hf-sft migrate",
         usage=_USAGE,
-        allow_abbrev=False,
         description="Write older files and flags in today's names.",
     )
     parser.add_argument(
         "files", nargs="*", metavar="OLD NEW", help="the old file, and the new one (.yaml, .yml or .json)"
     )
     parser.add_argument("--table", action="store_true", help="print what became of every old key")
-    options = parser.parse_args(own)
+    options = parser.options(own)
     if options.table:
         from hf_sft.legacy.table import page
 

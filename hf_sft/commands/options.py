@@ -3,14 +3,72 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import logging
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from hf_sft.imports import importing
 
 DECODING_OPTIONS = ("window", "entropy_threshold", "distance_penalty", "verify")  # as generate_wedlm takes them
+
+
+class CommandParser(argparse.ArgumentParser):
+    """The options of a command: names are written out, with underscores or hyphens, and what is wrong is a ValueError."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(allow_abbrev=False, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}{' ' if message.endswith('?') else '; '}{self.prog} --help lists the options")
+
+    def options(self, words: Sequence[str]) -> argparse.Namespace:
+        """Read a whole command line.
+
+        Raises:
+            ValueError: it holds what is no option, or a value is missing or cannot be.
+        """
+        options, rest = self._parsed(words, others=False)
+        for word in rest:
+            what = f"option {word.partition('=')[0]}" if word.startswith("-") else f"place for {word!r}"
+            self.error(f"{self.prog} has no {what}")
+        return options
+
+    def options_and_rest(self, words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+        """Read a command line in which arguments of ``hf-sft train`` may follow: the options, and the words of all others.
+
+        Raises:
+            ValueError: a word is no argument of train and close to an option; or as :meth:`options`.
+        """
+        return self._parsed(words, others=True)
+
+    def _parsed(self, words: Sequence[str], *, others: bool) -> tuple[argparse.Namespace, list[str]]:
+        words = [self._underscored(word) for word in words]
+        for name in (word.partition("=")[0] for word in words if word.startswith("--")):
+            close = self._nearest(name)
+            if close and name not in self._option_string_actions and not (others and _is_of_train(name)):
+                self.error(f"{self.prog} has no option {name}: did you mean {close[0]}?")  # before what is missing then
+        return self.parse_known_args(words)
+
+    def _underscored(self, word: str) -> str:
+        name, equals, value = word.partition("=")
+        ours = "--" + name[2:].replace("-", "_")
+        return ours + equals + value if ours in self._option_string_actions else word
+
+    def _nearest(self, name: str) -> list[str]:
+        ours = [own for own in self._option_string_actions if own.startswith("--")]
+        return difflib.get_close_matches("--" + name[2:].replace("-", "_"), ours, n=1, cutoff=0.8)
+
+
+def _is_of_train(name: str) -> bool:
+    """Whether train has such an argument, today or in older files."""
+    from hf_sft.legacy import ENVIRONMENT, LEGACY, MODE_FLAGS
+    from hf_sft.parsing import FILE_OPTIONS, field_hints
+
+    key = name[2:].replace("-", "_")
+    known = {*field_hints()[0], *LEGACY, *MODE_FLAGS, *ENVIRONMENT, *FILE_OPTIONS}
+    return key in known or key.removeprefix("no_") in known
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:

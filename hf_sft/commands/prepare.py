@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from typing import Any
 
-from hf_sft.commands.options import add_run_options, parse_data_run
+from hf_sft.commands.options import CommandParser, add_run_options, parse_data_run
 from hf_sft.imports import importing
 
 
 def main(argv: Sequence[str]) -> int:
     """Prepare the data of a run; returns 0. Raises ValueError for everything that a user can put right."""
-    options, rest = _parser().parse_known_args(argv)
+    options, rest = _parser().options_and_rest(argv)
     if options.output_dir is None:
         raise ValueError("hf-sft prepare needs --output_dir: the folder to write")
     with importing():
@@ -42,12 +41,11 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> CommandParser:
+    parser = CommandParser(
         prog="hf-sft prepare",
         description="Tokenise the data of a run into a folder, with data_report.json. train.py takes the folder as train_file.",
         epilog="Every argument of hf-sft train may follow, such as --eval_file or --max_seq_length.",
-        allow_abbrev=False,
     )
     add_run_options(parser)
     parser.add_argument("--output_dir", help="folder to write; it must not exist")

@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from hf_sft.commands.options import CommandParser
 from hf_sft.imports import importing
 
 
 def main(argv: Sequence[str]) -> int:
     """Write the page that ``argv`` asks for; returns 0. Raises ValueError for everything that a user can put right."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="hf-sft report",
         description="Write one HTML page with what there is to know of a run: findings, figures, charts, answers, arguments; "
         "of several runs what differed, and their charts laid over each other. The page needs no network.",
-        allow_abbrev=False,
     )
     parser.add_argument("folders", nargs="+", metavar="DIR", help="output_dir of a run")
     parser.add_argument(
         "--output", metavar="FILE", help="where to; default: report.html, of one run in its folder (written anew there)"
     )
     parser.add_argument("--overwrite", action="store_true", help="write over the file that --output names")
-    options = parser.parse_args(argv)
+    options = parser.options(argv)
 
     with importing():
         from hf_sft.data.cache import write_file

@@ -164,11 +164,12 @@ def _tell_run(trainer: Any, model: Any) -> None:
         f"DeepSpeed ZeRO-{stage}" if stage else "FSDP2" if args.fsdp else "DDP" if args.world_size > 1 else "no engine"
     )
     precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "no autocast"
+    processes = f"{args.world_size} process{'es' * (args.world_size != 1)}"
+    bins = args.world_size * args.per_device_train_batch_size * args.gradient_accumulation_steps
     logger.info(
-        "%d processes, %s, on %s; weights in %s, %s; steps of %d bins (%d x %d x %d processes)",
-        args.world_size, engine, args.device.type, str(model.dtype).removeprefix("torch."), precision,
-        args.world_size * args.per_device_train_batch_size * args.gradient_accumulation_steps,
-        args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size,
+        "%s, %s, on %s; weights in %s, %s; steps of %d bin%s (%d x %d x %s)",
+        processes, engine, args.device.type, str(model.dtype).removeprefix("torch."), precision, bins, "s" * (bins != 1),
+        args.per_device_train_batch_size, args.gradient_accumulation_steps, processes,
     )  # fmt: skip
 
 

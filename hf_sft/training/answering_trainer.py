@@ -273,6 +273,7 @@ class AnsweringTrainer(AveragingTrainer):
         is_new = self._known.step == self.state.global_step and not self._known.in_train
         found = self.predictions[:samples] if is_new else []
         if len(found) < samples:
+            logger.info("whether the model stops by itself: up to %d prompts are answered", samples)
             found = self._predict(self._some_data(), samples) or found
         if not found:
             logger.info("no prompts are at hand: whether the model stops by itself is not checked")

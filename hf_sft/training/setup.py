@@ -117,7 +117,13 @@ def prepare_model(model: nn.Module, peft_config: Any, args: Any, mask_token_id: 
         if mask_token_id is not None:
             peft_config = with_input_row(cast(PreTrainedModel, model), peft_config, mask_token_id)
         model = cast(nn.Module, get_peft_model(cast(PreTrainedModel, model), peft_config))
-    if isinstance(model, PeftModel) and mask_token_id is not None and not _row_is_trained(model, mask_token_id):
+    trained = any(parameter.requires_grad for parameter in model.parameters())
+    if (
+        trained
+        and isinstance(model, PeftModel)
+        and mask_token_id is not None
+        and not _row_is_trained(model, mask_token_id)
+    ):
         logger.warning("the adapter does not train the row of the mask token %d", mask_token_id)
     base = base_model(model)
     if isinstance(embedding := base.get_input_embeddings(), nn.Embedding):
