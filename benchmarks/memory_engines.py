@@ -58,6 +58,7 @@ def zero(stage: int) -> dict[str, Any]:
     return {"zero_stage": stage, "deepspeed": {"zero_optimization": {"reduce_bucket_size": 1_000_000}}}
 
 
+SENT = {"accelerator_config": {"gradient_accumulation_kwargs": {"sync_each_batch": True}}}
 LORA = {"train_mode": "lora", "lora_rank": 16}
 CASES = [
     Case("one process", processes=1),
@@ -73,6 +74,7 @@ CASES = [
     Case("ZeRO-3, lora, buckets of 500 million", {"zero_stage": 3, **LORA}),
     Case("FSDP2", {"fsdp": True}),
     Case("FSDP2, accumulated", {"fsdp": True, "gradient_accumulation_steps": 2}),
+    Case("FSDP2, accumulated, sent each time", {"fsdp": True, "gradient_accumulation_steps": 2, **SENT}),
     Case("FSDP2, shard_grad_op", {"fsdp": "shard_grad_op"}),
     Case("FSDP2, shard_grad_op, lora", {"fsdp": "shard_grad_op", **LORA}),
     Case("FSDP2, checkpointed", {"fsdp": True, "activation_checkpointing": True}),

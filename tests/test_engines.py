@@ -37,6 +37,7 @@ ANSWERED = {  # by 2 and 1 batches of the two processes
 }  # fmt: skip
 TRAJECTORIES: dict[str, dict[str, Any]] = {
     "causal-full": ANSWERED,
+    "causal-sent": {"accelerator_config": {"gradient_accumulation_kwargs": {"sync_each_batch": True}}},
     "causal-lora": LORA,
     "wedlm-full": {**WEDLM, **ANSWERED},
     "wedlm-lora": {**WEDLM, **LORA},

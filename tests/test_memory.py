@@ -316,6 +316,18 @@ def test_an_adapter_on_the_head_is_scored_as_training_scores_it():
     assert engines["zero3"].activations.head_kept > logits // 2 > engines["zero2"].activations.head_kept
 
 
+def test_zero3_keeps_the_inputs_of_frozen_products():
+    """It saves them whatever needs a gradient: of both norms and of the last product, in bf16; the rest is kept anyway."""
+    config = config_of("qwen3", hidden_size=64, intermediate_size=160)
+
+    def layer(mode: str, **settings: Any) -> int:
+        return activations_of(config, Run(mode, HALF, lora=LORA, **settings), MicroBatch(1, 128)).layer
+
+    assert layer("lora", partitioned=True) - layer("lora") == 2 * 128 * (64 + 64 + 160)
+    assert layer("full", partitioned=True) == layer("full")
+    assert torch.nn.functional.linear.__name__ == "linear", "nothing is left behind"
+
+
 @pytest.mark.parametrize("case", ["float32", "half", "frozen", "small"])
 def test_onednn_adds_to_nothing(monkeypatch, case: str):
     """Two sums of the gradient of a trained float32 head stand in memory where oneDNN makes the products."""

@@ -14,7 +14,7 @@ import tiny
 from hf_sft.cli import main
 from hf_sft.commands.memory import plan_of
 from hf_sft.memory import advice
-from hf_sft.memory.advice import on_more_devices
+from hf_sft.memory.advice import on_more_devices, what_to_change
 from hf_sft.memory.plan import estimate, fits
 
 sys.path.insert(0, str(runs.ROOT / "benchmarks"))
@@ -183,6 +183,24 @@ def test_engines_and_files_are_read(config, tmp_path):
     assert plan(objective="wedlm").chosen_backend == "flex" and plan(bf16=False).chosen_backend == "segment"
     pairs = plan(task_type="dpo", dpo_reference="model", ema_decay=0.9)
     assert pairs.reference and pairs.average == "device" and pairs.batch.objective == "dpo"
+
+
+def test_gradients_that_fsdp_sends_after_each_micro_batch(config):
+    def plan(**values: Any) -> Any:
+        return plan_of({"model_name_or_path": config, "bf16": True, "fsdp": True, "max_seq_length": 64, **values})
+
+    sent = {"accelerator_config": {"gradient_accumulation_kwargs": {"sync_each_batch": True}}}
+    steps, rows = {"gradient_accumulation_steps": 4}, {"per_device_train_batch_size": 4}
+    whole, part, at_once = (
+        estimate(plan(**values)).moments["forward pass"]["gradients"] for values in (steps, {**steps, **sent}, sent)
+    )
+    trained = plan().state.trained
+    assert (whole, part, at_once) == (4 * trained, round(4 * trained / 8), 0)
+    asked = next(change for change in what_to_change(plan(**steps), 0.0) if change.arguments == sent)
+    assert asked.learns_the_same
+    assert not any("accelerator_config" in change.arguments for change in what_to_change(plan(**steps, **sent), 0.0))
+    smaller = next(change for change in what_to_change(plan(**rows), 0.0) if rows.keys() <= change.arguments.keys())
+    assert sent.items() <= smaller.arguments.items(), "one micro-batch that becomes several keeps no whole gradients"
 
 
 def test_arguments_of_a_gpu_need_none_here(config):

@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from hf_sft.commands.options import CommandParser
+
 if TYPE_CHECKING:
     from hf_sft.memory.advice import Change
     from hf_sft.memory.plan import Estimate, Plan
@@ -27,7 +29,7 @@ logger = logging.getLogger("hf_sft")
 
 def main(words: Sequence[str]) -> int:
     """Print the estimate for a run; returns 0. Raises ValueError for everything that a user can put right."""
-    options, rest = _parser().parse_known_args(words)
+    options, rest = _parser().options_and_rest(words)
     if rest and not rest[0].startswith("-") and options.train_args_file is None:
         options.train_args_file = rest.pop(0)  # as train takes it
     _check(options, rest)
@@ -50,14 +52,13 @@ def main(words: Sequence[str]) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> CommandParser:
+    parser = CommandParser(
         prog="hf-sft inspect --memory",
         description="Estimate the peak memory of a training on each device, from its arguments and the model's config alone: no "
         "weights and no data are read. If it does not fit: what to change. If it fits: what would be faster within it.",
         epilog="Every argument of hf-sft train may follow, such as --train_mode lora or --max_seq_length 4096. A model that is "
         "not at hand is described by --config_name_or_path (a folder or config.json) and --config_overrides.",
-        allow_abbrev=False,
     )
     parser.add_argument("--train_args_file", "--config", help="JSON or YAML file of a run")
     parser.add_argument("--model", help="folder or hub name of a model; its config is read")
@@ -143,10 +144,12 @@ def _own_values(own: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _plan(arguments: Arguments, config: Any, half: str | None, settings: dict[str, Any]) -> Plan:
+    from hf_sft.checks import is_true
     from hf_sft.memory.activations import MicroBatch
     from hf_sft.memory.plan import Plan
 
     model, data, training, ema = arguments.model, arguments.data, arguments.training, arguments.ema
+    accelerator: Any = training.accelerator_config
     evaluated = str(getattr(training.eval_strategy, "value", training.eval_strategy)) != "no"
     objective = "dpo" if data.task_type == "dpo" else data.objective
     checkpointing = bool(training.activation_checkpointing) or settings.get("checkpointing_of_fsdp", False)
@@ -168,6 +171,7 @@ def _plan(arguments: Arguments, config: Any, half: str | None, settings: dict[st
             training.per_device_train_batch_size, data.max_seq_length, objective, arguments.wedlm.block_size
         ),
         accumulation=training.gradient_accumulation_steps,
+        sync_each_batch=is_true((accelerator.gradient_accumulation_kwargs or {}).get("sync_each_batch")),
         eval_rows=training.per_device_eval_batch_size if evaluated else 0,
         checkpointing=checkpointing,
         policy=model.activation_checkpointing_policy,

@@ -71,7 +71,8 @@ class Run:
         dtype: of the base's weights as the forward meets them.
         autocast: type of the products under autocast; None: there is none.
         uniform: the adapter's weights are of the same type, as under engines.
-        partitioned: ZeRO-3 shards each weight: a head with an adapter inside is not scored in chunks.
+        partitioned: ZeRO-3 shards each weight: its products keep their inputs also where the weight is frozen, and a head with
+            an adapter inside is not scored in chunks.
         checkpointing, policy: ``activation_checkpointing`` and its policy.
         attention: dense, segment, or fused for kernels that keep their output and one number per row and head.
         device: cuda or cpu: the size of a chunk of logits.
@@ -219,7 +220,7 @@ def _trace(config: Any, run: Run, layers: int, layout: Layout, *, learns: bool =
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = _model(config, run, layers)
-    with FakeTensorMode(), warnings.catch_warnings():
+    with FakeTensorMode(), warnings.catch_warnings(), _products_of(run):
         warnings.simplefilter("ignore")
         base = _ready(model, run).train(learns)
         parameters = list(model.parameters())
@@ -242,6 +243,36 @@ def _trace(config: Any, run: Run, layers: int, layout: Layout, *, learns: bool =
             if learns:
                 hidden.backward(torch.zeros_like(hidden))
     return _Trace(end, peak, saved, live.most, hidden.dtype, mask)
+
+
+@contextmanager
+def _products_of(run: Run) -> Iterator[None]:
+    original = nn.functional.linear
+    try:
+        if run.partitioned:
+            nn.functional.linear = _ProductOfZero3.apply
+        yield
+    finally:
+        nn.functional.linear = original
+
+
+class _ProductOfZero3(torch.autograd.Function):
+    """``linear`` as it keeps its tensors under DeepSpeed's ZeRO-3 (``LinearFunctionForZeroStage3``)."""
+
+    @staticmethod
+    def forward(ctx: Any, inputs_BTD: Tensor, weight_ED: Tensor, bias_E: Tensor | None = None) -> Tensor:
+        ctx.save_for_backward(inputs_BTD, weight_ED)
+        product_BTE = inputs_BTD @ weight_ED.t()
+        return product_BTE if bias_E is None else product_BTE + bias_E
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (inputs_BTD, weight_ED), gradient_NE = ctx.saved_tensors, gradients[0].flatten(0, -2)
+        return (
+            gradients[0] @ weight_ED if ctx.needs_input_grad[0] else None,
+            gradient_NE.t() @ inputs_BTD.flatten(0, -2) if ctx.needs_input_grad[1] else None,
+            gradient_NE.sum(0) if len(ctx.needs_input_grad) > 2 and ctx.needs_input_grad[2] else None,
+        )[: len(ctx.needs_input_grad)]
 
 
 def _model(config: Any, run: Run, layers: int) -> Any:

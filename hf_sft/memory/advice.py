@@ -17,6 +17,8 @@ _BUCKETS: dict[str, dict[str, Any]] = {
     "zero2": {"bucket": 200_000_000, "overlap": True}, "zero3": {"bucket": 0, "overlap": True},
 }  # fmt: skip
 
+_SENT_EACH_TIME = {"accelerator_config": {"gradient_accumulation_kwargs": {"sync_each_batch": True}}}
+
 
 @dataclass(frozen=True)
 class Change:
@@ -47,7 +49,8 @@ def what_to_change(plan: Plan, memory: float) -> list[Change]:
     changes the training. What saves less than a hundredth is left out. Empty if it fits as it is."""
     changes: list[Change] = []
     total = estimate(plan).total
-    for step in (_precision, _backend, _checkpointing, _batch, _evaluation, _sharding, _offloading, _adapter, _length):
+    steps: tuple[Step, ...] = (_precision, _backend, _checkpointing, _gradients, _batch, _evaluation)
+    for step in (*steps, _sharding, _offloading, _adapter, _length):
         for arguments, candidate in step(plan):
             if fits(total, memory):
                 return changes
@@ -111,12 +114,21 @@ def _checkpointing(plan: Plan) -> Iterator[tuple[dict[str, Any], Plan]]:
         yield {"activation_checkpointing_policy": "full"}, replace(plan, policy="full")
 
 
+def _gradients(plan: Plan) -> Iterator[tuple[dict[str, Any], Plan]]:
+    """Sent after every micro-batch, so that only a part of their sum stands on each device."""
+    if plan.sends_late:
+        yield dict(_SENT_EACH_TIME), replace(plan, sync_each_batch=True)
+
+
 def _batch(plan: Plan) -> Iterator[tuple[dict[str, Any], Plan]]:
     rows, steps = plan.batch.rows, plan.accumulation
     while rows > 1:
         rows, steps = (rows // 2, 2 * steps) if rows % 2 == 0 else (1, rows * steps)
-        arguments = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": steps}
-        yield arguments, replace(plan, batch=replace(plan.batch, rows=rows), accumulation=steps)
+        arguments: dict[str, Any] = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": steps}
+        candidate = replace(plan, batch=replace(plan.batch, rows=rows), accumulation=steps)
+        if candidate.sends_late:  # what one micro-batch alone did not
+            arguments, candidate = {**arguments, **_SENT_EACH_TIME}, replace(candidate, sync_each_batch=True)
+        yield arguments, candidate
 
 
 def _evaluation(plan: Plan) -> Iterator[tuple[dict[str, Any], Plan]]:

@@ -38,6 +38,8 @@ class Plan:
         average: of the weights (``ema_decay``): "device", "host" or None.
         reference: a second model in memory (dpo).
         batch, accumulation: the micro-batch, and how many make a step.
+        sync_each_batch: FSDP2 sends the gradients of every micro-batch, and keeps only its part of their sum
+            (``gradient_accumulation_kwargs`` of ``accelerator_config``).
         eval_rows: ``per_device_eval_batch_size`` where there is an evaluation, else 0.
         checkpointing, policy: ``activation_checkpointing`` and its policy.
         checkpointing_of_fsdp: ``fsdp_config`` asks for it, and not ``activation_checkpointing``.
@@ -69,6 +71,7 @@ class Plan:
     reference: bool = False
     batch: MicroBatch = field(default_factory=lambda: MicroBatch(1, 2048))
     accumulation: int = 1
+    sync_each_batch: bool = False
     eval_rows: int = 0
     checkpointing: bool = False
     policy: str = "full"
@@ -100,9 +103,9 @@ class Plan:
         return self.dtype or (torch.float32 if self.train_mode == "full" else torch.bfloat16)
 
     @property
-    def adapter_stays(self) -> bool:
-        """Whether an adapter's weights are float32 under an engine as well: DeepSpeed casts no weights that it has sharded."""
-        return self.engine == "zero3" and self.train_mode != "full"
+    def sends_late(self) -> bool:
+        """Whether gradients stand whole until the last of several micro-batches, as FSDP2 sends none before (``no_sync``)."""
+        return self.engine == "fsdp" and self.accumulation > 1 and not self.sync_each_batch
 
     @property
     def layers(self) -> int:
@@ -117,7 +120,7 @@ class Plan:
             mode=self.train_mode,
             dtype=(half or torch.float32) if casts else self.run_dtype,
             autocast=None if casts else half,
-            uniform=casts and not self.adapter_stays,
+            uniform=casts and not (self.engine == "zero3" and self.train_mode != "full"),  # it casts no sharded weights
             partitioned=self.engine == "zero3",
             lora=self.lora,
             checkpointing=self.checkpointing,
@@ -209,9 +212,13 @@ def estimate(plan: Plan) -> Estimate:
         ValueError: a model that cannot be built, or an engine or policy that does not exist.
     """
     found, layers, state = plan.activations, plan.layers, plan.state
-    shards = state.per_device(plan.engine, plan.devices, half=plan.precision is not None, reshard=plan.reshard)
-    if plan.adapter_stays and plan.precision is not None:
-        shards = replace(shards, weights=shards.weights + 2 * state.trained / plan.devices)
+    shards = state.per_device(
+        plan.engine,
+        plan.devices,
+        half=plan.precision is not None,
+        reshard=plan.reshard,
+        adapter=plan.train_mode != "full",
+    )
     shards, host = _offloaded(plan, shards)
     average = 4 * state.trained if plan.average else 0
     always = {
@@ -222,10 +229,9 @@ def estimate(plan: Plan) -> Estimate:
     }
     buffers = {name: round(shards.buffers) + size for name, size in buffers_of(plan)._asdict().items()}
     gradients = round(shards.gradients)
-    # Between two steps there are none, but in ZeRO-3's buffer. Until the last of several micro-batches FSDP2 keeps them whole: it
-    # sends nothing before (accelerate's ``no_sync``).
+    # Between two steps there are none, but in ZeRO-3's buffer.
     standing = gradients if plan.accumulation > 1 or plan.engine == "zero3" else 0
-    if plan.engine == "fsdp" and plan.accumulation > 1:
+    if plan.sends_late:
         standing = 4 * state.trained
     of_head = min(gradients, _head_gradient(plan))
     batch = {"attention mask": found.mask, "activations": found.kept(layers)}

@@ -47,7 +47,9 @@ class State:
     def total(self) -> int:
         return self.frozen_weights + self.trained_weights + self.gradients + self.optimizer
 
-    def per_device(self, engine: str, devices: int, *, half: bool = True, reshard: bool = True) -> Shards:
+    def per_device(
+        self, engine: str, devices: int, *, half: bool = True, reshard: bool = True, adapter: bool = False
+    ) -> Shards:
         """What each of N devices holds under an engine: the table of docs/distributed.md, frozen weights as they are stored.
         T trained numbers, with m moments each (AdamW 2):
 
@@ -62,6 +64,7 @@ class State:
         Args:
             half: bf16 or fp16; in float32 DeepSpeed's weights and gradients have 4 bytes.
             reshard: False: FSDP2 keeps the gathered weights from the forward to the backward pass.
+            adapter: what is trained is one; ZeRO-3 leaves its weights in float32, as DeepSpeed casts none that it has sharded.
         """
         trained, wide = float(self.trained), 2 if half else 4
         moments = 4 * self.moments * trained / devices
@@ -69,7 +72,7 @@ class State:
             buckets = 4 * trained if engine == "ddp" else 0
             return Shards(self.frozen_weights + self.trained_weights, self.gradients, self.optimizer, buckets)
         if engine in ("zero1", "zero2", "zero3"):
-            weights = self.frozen_weights + wide * trained
+            weights = self.frozen_weights + (4 if adapter and engine == "zero3" else wide) * trained
             weights = weights / devices if engine == "zero3" else weights
             gradients = wide * trained / (1 if engine == "zero1" else devices)
             return Shards(weights, gradients, 4 * trained / devices + moments, 0)
