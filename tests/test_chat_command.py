@@ -110,7 +110,7 @@ class Terminal:
 
     def end(self) -> tuple[int, str]:
         """The exit code and the last words."""
-        held, deadline = b"", time.monotonic() + 60
+        held, deadline = b"", time.monotonic() + 90
         while True:
             assert time.monotonic() < deadline, held
             if select.select([self.screen], [], [], 0.2)[0]:

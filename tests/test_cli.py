@@ -11,6 +11,7 @@ import pytest
 import hf_sft
 from hf_sft import cli
 from hf_sft.arguments import DataArguments, LoraArguments, ModelArguments
+from hf_sft.commands.options import CommandParser
 from hf_sft.parsing import ArgumentsError, parse_args
 
 HEAVY = {"torch", "transformers", "datasets", "peft", "accelerate", "numpy", "yaml", "rich"}
@@ -123,13 +124,33 @@ def test_unknown_command(capsys, word, hint):
         # as train says it, which knows its own arguments best
         ("inspect --memory --model m --lora_rnak 8", "lora_rnak is no argument; did you mean lora_rank?"),
         # an argument of train is none of its options, however near
-        ("inspect --memory --model m --run_name 1 --seed x", "seed is 'x': it must be a whole number"),
+        ("inspect --memory --model m --train_file f --seed x", "seed is 'x': it must be a whole number"),
+        ("chat model --temp 1", "hf-sft chat has no option --temp: did you mean --temperature?"),
+        # words that only look like options
+        ("inspect --model ./model --file ./file", "./model"),
+        ("inspect ./html", "there is no file html"),
+        ("inspect x.json", "x.json"),
+        ("generate ./base --file ./file", "file: no such data file"),
+        ("migrate mytable new.yaml", "mytable"),
     ],
 )
 def test_options_that_are_none(capsys, line, said):
     assert cli.main(line.split()) == 2
     err = capsys.readouterr().err
-    assert err.startswith("error: ") and said in err and "usage:" not in err
+    assert err.startswith("error: ") and said in err and "usage:" not in err and "expected one argument" not in err
+
+
+def test_values_that_look_like_options():
+    parser = CommandParser(prog="hf-sft x")
+    parser.add_argument("words", nargs="*")
+    parser.add_argument("--top_k", type=int)
+    parser.add_argument("--prompt", nargs="+")
+    parser.add_argument("--raw", action="store_true")
+    found = parser.options(["--top-k=-3", "--prompt", "--prompt x", "a raw", "..raw"])
+    assert (found.top_k, found.prompt, found.raw) == (-3, ["--prompt x", "a raw", "..raw"], False)
+    assert parser.options(["--raw", "--", "--promt", "--top-k"]).words == ["--promt", "--top-k"]
+    options, rest = parser.options_and_rest(["--raw", "--learning-rate=1e-4", "--no_packing"])
+    assert options.raw and rest == ["--learning-rate=1e-4", "--no_packing"]
 
 
 @pytest.mark.parametrize(("result", "code"), [(None, 0), (0, 0), (3, 3)])

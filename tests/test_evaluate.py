@@ -276,18 +276,23 @@ def test_all_models_answer_the_same_records(two, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("trained", "words", "said"),
     [
-        ({"bf16": True}, [], "computed in float32; training was under autocast to bfloat16"),
-        ({"fp16": True}, [], "training was under autocast to float16: --dtype float16 is like it"),
+        (
+            {"bf16": True},
+            [],
+            "losses are computed in float32, and training multiplied in bfloat16: --bf16 computes them so",
+        ),
+        ({"fp16": True}, [], "losses are computed in float32, and training multiplied in float16: --fp16 computes"),
+        ({"bf16": True}, ["--bf16"], None),
         ({"bf16": True}, ["--dtype", "bfloat16"], None),
         ({}, [], None),
     ],
 )
 def test_another_type_than_that_of_training_is_named(two, capsys, trained, words, said):
-    first, _, data = two
+    first, second, data = two
     (first / "args.json").write_text(json.dumps({"data": {"max_seq_length": 64}, "training": trained}))
-    assert evaluate(first, "--file", data, *SHORT, *words) == 0
+    assert evaluate(first, "--compare", second, "--file", data, *SHORT, *words) == 0
     shown = capsys.readouterr().out
-    assert said in shown if said else "autocast" not in shown
+    assert f"one: {said}" in shown if said else "training multiplied" not in shown
 
 
 def test_models_that_keep_the_same_records(two, tmp_path, capsys):

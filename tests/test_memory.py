@@ -325,6 +325,7 @@ def test_zero3_keeps_the_inputs_of_frozen_products():
 
     assert layer("lora", partitioned=True) - layer("lora") == 2 * 128 * (64 + 64 + 160)
     assert layer("full", partitioned=True) == layer("full")
+    assert layer("qlora", partitioned=True) == layer("qlora"), "bitsandbytes' products keep nothing for frozen weights"
     assert torch.nn.functional.linear.__name__ == "linear", "nothing is left behind"
 
 

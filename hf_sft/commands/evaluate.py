@@ -8,7 +8,7 @@ import logging
 import math
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields, replace
 from pathlib import Path
@@ -247,13 +247,10 @@ def _measure(
         found = [Column(subject.name, subject.path, None, {})]
     else:
         found = measure(subject, material, model, request)
-    dtype, trained = str(model.dtype).removeprefix("torch."), _autocast_of(subject.record)
     for column in found:
-        column.dtype = dtype
-        if trained not in (None, dtype):
-            column.notes.append(
-                f"computed in {dtype}; training was under autocast to {trained}: --dtype {trained} is like it"
-            )
+        column.dtype = str(model.dtype).removeprefix("torch.")
+    if material is not None:
+        found[0].notes += _other_precision(subject.path, found[0].dtype, material.arguments.training)
     columns += found
     if options.tasks:
         scores = run_benchmarks(
@@ -270,10 +267,14 @@ def _measure(
             found[-1].metrics.update(of_task)  # the harness decodes token by token
 
 
-def _autocast_of(record: Mapping[str, Any]) -> str | None:
-    """The type that a run multiplied in, where that was not its weights' own."""
-    training = record.get("training", {})
-    return next((dtype for key, dtype in (("bf16", "bfloat16"), ("fp16", "float16")) if training.get(key)), None)
+def _other_precision(path: str, dtype: str | None, training: Any) -> Iterator[str]:
+    """A note where the run that left a model multiplied in another type than its losses are measured in."""
+    from hf_sft.commands.measuring import recorded
+
+    run = recorded(path).get("training", {})
+    for key, trained in (("bf16", "bfloat16"), ("fp16", "float16")):
+        if run.get(key) and dtype != trained and not (training.bf16 or training.fp16):
+            yield f"losses are computed in {dtype}, and training multiplied in {trained}: --{key} computes them so"
 
 
 def _warn_of_different_tokens(columns: Sequence[Column]) -> None:

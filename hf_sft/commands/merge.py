@@ -43,6 +43,7 @@ def main(argv: Sequence[str]) -> int:
     with importing():
         from hf_sft.merging import merge_adapter
         from hf_sft.merging.difference import measure_difference, too_large_to_check
+        from hf_sft.merging.quantised import training_quantisation
 
     double = None if options.double_quantization is None else options.double_quantization == "true"
     told = {
@@ -62,18 +63,19 @@ def main(argv: Sequence[str]) -> int:
         **told,
     )
     print(f"Merged model: {folder}")
+    held = training_quantisation(options.adapter, options.quantization, double, options.compute_dtype)
+    if held is not None and options.onto == "original":
+        print(
+            f"It is merged into the base's original weights, and training computed with them in {held}: --onto dequantized, with "
+            "another --output_dir, merges into those."
+        )
     if options.no_check:
         return 0
     if (reason := too_large_to_check(folder)) is not None:
         print(f"Not compared with the adapter on its base: {reason}.")
         return 0
     try:
-        difference = measure_difference(options.adapter, folder, **told)
-        print(f"Compared: {difference}")
-        if difference.quantised and options.onto == "original":
-            print(
-                "Training computed with those weights and not with the original ones: --onto dequantized merges into them."
-            )
+        print(f"Compared: {measure_difference(options.adapter, folder, **told)}")
     except ValueError as error:  # the merged model stands; what cannot be had is the other one, as without bitsandbytes
         print(f"Not compared with the adapter on its base: {error}")
     return 0

@@ -44,21 +44,23 @@ class CommandParser(argparse.ArgumentParser):
         return self._parsed(words, others=True)
 
     def _parsed(self, words: Sequence[str], *, others: bool) -> tuple[argparse.Namespace, list[str]]:
-        words = [self._underscored(word) for word in words]
-        for name in (word.partition("=")[0] for word in words if word.startswith("--")):
-            close = self._nearest(name)
-            if close and name not in self._option_string_actions and not (others and _is_of_train(name)):
-                self.error(f"{self.prog} has no option {name}: did you mean {close[0]}?")  # before what is missing then
-        return self.parse_known_args(words)
+        end = words.index("--") if "--" in words else len(words)  # behind it there are no options
+        return self.parse_known_args([*(self._named(word, others) for word in words[:end]), *words[end:]])
 
-    def _underscored(self, word: str) -> str:
+    def _named(self, word: str, others: bool) -> str:
+        """The word, an option of ours under its name here. What was meant for one is said before what is missing then."""
         name, equals, value = word.partition("=")
+        if not name.startswith("--") or " " in name:  # a value, for argparse as well
+            return word
         ours = "--" + name[2:].replace("-", "_")
-        return ours + equals + value if ours in self._option_string_actions else word
-
-    def _nearest(self, name: str) -> list[str]:
-        ours = [own for own in self._option_string_actions if own.startswith("--")]
-        return difflib.get_close_matches("--" + name[2:].replace("-", "_"), ours, n=1, cutoff=0.8)
+        if ours in self._option_string_actions:
+            return ours + equals + value
+        known = [own for own in self._option_string_actions if own.startswith("--")]
+        begun = [own for own in known if own.startswith(ours) and ours != "--"]
+        close = begun or difflib.get_close_matches(ours, known, n=1, cutoff=0.8)
+        if close and not (others and _is_of_train(ours)):
+            self.error(f"{self.prog} has no option {name}: did you mean {' or '.join(close)}?")
+        return word
 
 
 def _is_of_train(name: str) -> bool:
@@ -66,7 +68,7 @@ def _is_of_train(name: str) -> bool:
     from hf_sft.legacy import ENVIRONMENT, LEGACY, MODE_FLAGS
     from hf_sft.parsing import FILE_OPTIONS, field_hints
 
-    key = name[2:].replace("-", "_")
+    key = name.removeprefix("--")
     known = {*field_hints()[0], *LEGACY, *MODE_FLAGS, *ENVIRONMENT, *FILE_OPTIONS}
     return key in known or key.removeprefix("no_") in known
 

@@ -249,8 +249,8 @@ def _trace(config: Any, run: Run, layers: int, layout: Layout, *, learns: bool =
 def _products_of(run: Run) -> Iterator[None]:
     original = nn.functional.linear
     try:
-        if run.partitioned:
-            nn.functional.linear = _ProductOfZero3.apply
+        if run.partitioned and run.mode != "qlora":  # whose products are bitsandbytes'
+            nn.functional.linear = lambda input, weight, bias=None: _ProductOfZero3.apply(input, weight, bias)
         yield
     finally:
         nn.functional.linear = original
@@ -263,7 +263,9 @@ class _ProductOfZero3(torch.autograd.Function):
     def forward(ctx: Any, inputs_BTD: Tensor, weight_ED: Tensor, bias_E: Tensor | None = None) -> Tensor:
         ctx.save_for_backward(inputs_BTD, weight_ED)
         product_BTE = inputs_BTD @ weight_ED.t()
-        return product_BTE if bias_E is None else product_BTE + bias_E
+        if bias_E is not None:
+            product_BTE += bias_E
+        return product_BTE
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -271,8 +273,8 @@ class _ProductOfZero3(torch.autograd.Function):
         return (
             gradients[0] @ weight_ED if ctx.needs_input_grad[0] else None,
             gradient_NE.t() @ inputs_BTD.flatten(0, -2) if ctx.needs_input_grad[1] else None,
-            gradient_NE.sum(0) if len(ctx.needs_input_grad) > 2 and ctx.needs_input_grad[2] else None,
-        )[: len(ctx.needs_input_grad)]
+            gradient_NE.sum(0) if ctx.needs_input_grad[2] else None,
+        )
 
 
 def _model(config: Any, run: Run, layers: int) -> Any:

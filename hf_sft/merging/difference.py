@@ -25,13 +25,11 @@ class Difference:
         largest: of all absolute differences.
         spread: the largest logit less the smallest one.
         base: how the base was held.
-        quantised: whether it was held in fewer bits than weights have.
     """
 
     largest: float
     spread: float
     base: str
-    quantised: bool = False
 
     def __str__(self) -> str:
         share = self.largest / self.spread if self.spread else float("nan")
@@ -85,7 +83,7 @@ def measure_difference(
     whole, _ = load_for_inference(merged, trust_remote_code=trust_remote_code)
     found = _logits(whole, ids)
     spread = (expected.max() - expected.min()).item()
-    return Difference((found - expected).abs().max().item(), spread, held, quantised is not None)
+    return Difference((found - expected).abs().max().item(), spread, held)
 
 
 def _logits(model: Any, ids: Tensor) -> Tensor:
