@@ -425,12 +425,14 @@ def enter_process_group(training: Settings) -> None:
 
 
 def _enter_plain_group(training: Settings) -> None:
-    """DDP on CPUs: transformers passes no timeout on to gloo."""
-    if not training.use_cpu or training.ddp_backend not in (None, "gloo") or "MASTER_ADDR" not in os.environ:
+    """DDP on CPUs: accelerate connects processes there only if it is told to, and transformers passes no timeout on to gloo."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return
     import torch
 
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.distributed.is_initialized():
+    training.use_cpu = training.use_cpu or not torch.accelerator.is_available()
+    plain = training.use_cpu and training.ddp_backend in (None, "gloo") and "MASTER_ADDR" in os.environ
+    if plain and not torch.distributed.is_initialized():
         torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=training.ddp_timeout))
 
 
@@ -439,12 +441,5 @@ def _launch_alone() -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    alone = {
-        "RANK": 0,
-        "LOCAL_RANK": 0,
-        "WORLD_SIZE": 1,
-        "LOCAL_WORLD_SIZE": 1,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-    }
-    os.environ.update({name: str(value) for name, value in alone.items()})
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+    os.environ.update({**alone, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -203,6 +204,7 @@ class TrainingArguments(_Parent):
         enter_process_group(self)
         compiled = self._without_compilation()
         super().__post_init__()
+        refuse_unconnected(self.world_size)
         self.torch_compile, self.torch_compile_backend, self.torch_compile_mode = compiled
         accelerator: Any = self.accelerator_config
         if accelerator.dispatch_batches is None:
@@ -214,6 +216,21 @@ class TrainingArguments(_Parent):
         asked = bool(self.torch_compile or backend or mode)
         self.torch_compile, self.torch_compile_backend, self.torch_compile_mode = False, None, None
         return asked, (backend or "inductor") if asked else None, mode
+
+
+def refuse_unconnected(processes: int) -> None:
+    """Raise ValueError if a launcher has started several processes and they are not connected: each would train alone, and write
+    where the others write.
+
+    Args:
+        processes: that know of each other.
+    """
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started > 1 and processes == 1 and "LOCAL_RANK" in os.environ:
+        raise ValueError(
+            f"the launcher has started {started} processes (WORLD_SIZE), and nothing connects them on this machine: set use_cpu "
+            "to true, or start one process"
+        )
 
 
 def smaller_is_better(metric: str | None) -> bool:

@@ -120,6 +120,7 @@ def test_unknown_command(capsys, word, hint):
             "inspect --memory --model m --gpu_memroy 8",
             "inspect --memory has no option --gpu_memroy: did you mean --gpu_memory?",
         ),
+        ("inspect --memroy --model m", "hf-sft inspect has no option --memroy: did you mean --memory?"),
         ("inspect --model m --file f --htlm=a", "hf-sft inspect has no option --htlm: did you mean --html?"),
         # as train says it, which knows its own arguments best
         ("inspect --memory --model m --lora_rnak 8", "lora_rnak is no argument; did you mean lora_rank?"),

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import runs
+import torch
 
 from hf_sft.launchers import from_launcher
 
@@ -234,6 +235,32 @@ def test_torchrun_with_the_ready_files(base, folder, one_process):
     assert list(engines) == ["plain", "full_shard", "full_shard_offload", "zero2", "zero3"]
     for name in engines:
         assert_same(done, folder / name, one_process["full"])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="there is a device, which processes take unasked")
+def test_processes_meet_on_a_machine_without_a_gpu(base, folder, one_process):
+    """Nobody has said use_cpu: without a word accelerate connects none, and each would train alone and write where all write."""
+    output = folder / "unsaid"
+    values = {key: value for key, value in base.items() if key != "use_cpu"} | {"output_dir": str(output)}
+    done = runs.train_process(values, 2)
+    assert_same(done, output, one_process["full"])
+    assert "2 processes, DDP, on cpu" in done.stderr
+
+
+def test_processes_that_nothing_connects_are_refused(monkeypatch):
+    """As on a device of a kind for which accelerate has no backend."""
+    from hf_sft.training_arguments import refuse_unconnected
+
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(
+        ValueError, match=r"the launcher has started 2 processes \(WORLD_SIZE\), and nothing connects them"
+    ):
+        refuse_unconnected(1)
+    refuse_unconnected(2)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    refuse_unconnected(1)
 
 
 @pytest.mark.slow

@@ -64,13 +64,10 @@ def data(words: Sequence[str]) -> int:
 
 
 def _parser() -> CommandParser:
-    modes = "\n".join(f"  --{mode:<8} {text}" for mode, (_, text) in MODES.items())
     parser = CommandParser(
         prog="hf-sft inspect",
         description="Show what the model will see: figures, findings with what to do, and rows with what is learned of them.",
-        epilog="Every argument of hf-sft train may follow, such as --eval_file or --max_seq_length.\n\n"
-        f"other modes, each with its own --help:\n{modes}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="Every argument of hf-sft train may follow, such as --eval_file or --max_seq_length.",
     )
     add_run_options(parser)
     parser.add_argument("--samples", type=int, default=5, metavar="N", help="rows drawn at random; default: 5")
@@ -82,6 +79,9 @@ def _parser() -> CommandParser:
     parser.add_argument("--json", help="write everything as JSON to this file (.json)")
     parser.add_argument("--overwrite", action="store_true", help="write over these files")
     parser.add_argument("--strict", action="store_true", help="end with status 1 if a finding is an error")
+    modes = parser.add_argument_group("other modes, each with its own --help")
+    for mode, (_, text) in MODES.items():
+        modes.add_argument(f"--{mode}", action="store_true", help=text)
     return parser
 
 

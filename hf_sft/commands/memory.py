@@ -325,7 +325,7 @@ def _report(plan: Plan, found: Estimate, memory: float | None, where: str) -> tu
     from hf_sft.memory.plan import fits, is_counted
 
     fitting = None if memory is None else fits(found.total, memory)
-    changes = what_to_change(plan, memory) if memory is not None and not fitting else []
+    changes = what_to_change(plan, memory) if memory is not None and not fitting and fits(0, memory) else []
     faster = what_is_faster(plan, memory) if memory is not None and fitting else []
     described = _described(plan)
     moments = {name: sum(parts.values()) for name, parts in found.moments.items()}
@@ -346,7 +346,9 @@ def _report(plan: Plan, found: Estimate, memory: float | None, where: str) -> tu
         lines.append(f"{where}: it {'fits' if fitting else 'does not fit'}")
     if changes:
         lines += ["", "what to change, each on top of those before:", *_listed(changes, plan.devices)]
-    if fitting is False and not (changes and changes[-1].fits):
+    if memory is not None and not fits(0, memory):
+        lines.append("2 GiB are set aside for what is not counted: nothing fits into less")
+    elif fitting is False and not (changes and changes[-1].fits):
         lines.append("that does not fit either: take a smaller model, or more devices (--devices)")
     enough = changes and changes[-1].fits and all(change.learns_the_same for change in changes)
     if fitting is False and not enough and memory is not None and (more := on_more_devices(plan, memory)) is not None:
@@ -380,7 +382,7 @@ def _described(plan: Plan) -> dict[str, str]:
 
 
 def _table(found: Estimate) -> list[str]:
-    unit, name_of_unit = (_GIB, "GiB") if found.total >= _GIB else (2**20, "MiB")
+    unit, name_of_unit = _unit(found.total)
     rows = [(f"{name_of_unit} on each device", "")]
     rows += [(name, f"{size / unit:.2f}") for name, size in found.parts.items()]
     rows.append((f"sum, at the peak ({found.moment})", f"{found.total / unit:.2f}"))
@@ -391,12 +393,17 @@ def _table(found: Estimate) -> list[str]:
     return lines
 
 
+def _unit(size: int) -> tuple[int, str]:
+    return (_GIB, "GiB") if size >= _GIB else (2**20, "MiB")
+
+
 def _listed(changes: Sequence[Change], devices: int) -> list[str]:
     found = []
     for change in changes:
         settings = ", ".join(f"{name} {json.dumps(value).strip(chr(34))}" for name, value in change.arguments.items())
         on = f" on {change.devices} GPUs" if change.devices != devices else ""
-        found.append(f"  {settings}{on} -> {change.total / _GIB:.1f} GiB{', fits' if change.fits else ''}")
+        unit, name = _unit(change.total)
+        found.append(f"  {settings}{on} -> {change.total / unit:.1f} {name}{', fits' if change.fits else ''}")
     return found
 
 
