@@ -126,6 +126,7 @@ def test_unknown_command(capsys, word, hint):
         ("inspect --memory --model m --lora_rnak 8", "lora_rnak is no argument; did you mean lora_rank?"),
         # an argument of train is none of its options, however near
         ("inspect --memory --model m --train_file f --seed x", "seed is 'x': it must be a whole number"),
+        ("generate --model ./m --prompt a", "hf-sft generate takes model as a word of its own, without --model;"),
         ("chat model --temp 1", "hf-sft chat has no option --temp: did you mean --temperature?"),
         # words that only look like options
         ("inspect --model ./model --file ./file", "./model"),

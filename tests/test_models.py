@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from tiny import save_tiny, tiny_model, tiny_tokenizer
 
 from hf_sft.arguments import LoraArguments, ModelArguments
-from hf_sft.models.loading import check_max_seq_length, load_model, load_tokenizer
+from hf_sft.models.loading import check_max_seq_length, load_config, load_model, load_tokenizer
 from hf_sft.models.vocabulary import (
     add_special_tokens,
     added_token_ids,
@@ -304,3 +304,12 @@ def test_real_model(shared_data, mode) -> None:
     loss.backward()
     assert loss.item() < {"full": 1.2, "lora": 1.2, "qlora": 1.7}[mode]  # a quarter of the 6.2 of a random model
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_an_adapter_is_no_model(tmp_path):
+    """Said wherever a model's config is read, with the way out."""
+    (tmp_path / "adapter_config.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"holds an adapter, not a model. Set adapter_name_or_path to it"):
+        load_config(str(tmp_path), ModelArguments())
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}', encoding="utf-8")
+    assert load_config(str(tmp_path), ModelArguments()).model_type == "llama"

@@ -55,6 +55,8 @@ class CommandParser(argparse.ArgumentParser):
         ours = "--" + name[2:].replace("-", "_")
         if ours in self._option_string_actions:
             return ours + equals + value
+        if any(action.dest == ours[2:] for action in self._get_positional_actions()):
+            self.error(f"{self.prog} takes {name[2:]} as a word of its own, without {name}")
         known = [own for own in self._option_string_actions if own.startswith("--")]
         begun = [own for own in known if own.startswith(ours) and ours != "--"]
         close = begun or difflib.get_close_matches(ours, known, n=1, cutoff=0.8)

@@ -307,6 +307,7 @@ def _check_complete(name: str, info: dict[str, Any]) -> None:
 def load_config(name: str, model: ModelArguments) -> PretrainedConfig:
     """The config at ``name``; it must be one of a causal LM."""
     _require_place(name, "config")
+    _refuse_adapter(name)
     _refuse_official_code(name, model)
     try:
         config = AutoConfig.from_pretrained(
@@ -363,6 +364,14 @@ def _require_place(name: str, what: str) -> None:
         raise ValueError(f"{what}: {name!r} does not exist. Check the path (relative ones start at {os.getcwd()}).")
 
 
+def _refuse_adapter(name: str) -> None:
+    if Path(name, "adapter_config.json").is_file() and not Path(name, "config.json").is_file():
+        raise ValueError(
+            f"{name!r} holds an adapter, not a model. Set adapter_name_or_path to it and model_name_or_path to its base, "
+            "or merge it first: hf-sft merge."
+        )
+
+
 def _require_weights(name: str) -> None:
     """A local folder must hold a config and weights of a whole model."""
     if not os.path.exists(name):
@@ -373,11 +382,7 @@ def _require_weights(name: str) -> None:
             f"model_name_or_path {name!r} is a file; give the folder that holds config.json and the weights."
         )
     if not (folder / "config.json").is_file():
-        if (folder / "adapter_config.json").is_file():
-            raise ValueError(
-                f"{name!r} holds an adapter, not a model. Set adapter_name_or_path to it and model_name_or_path to its base, "
-                "or merge it first: hf-sft merge."
-            )
+        _refuse_adapter(name)
         raise ValueError(f"{name!r} holds no config.json, so it is no model folder.")
     if not any(path.name != "training_args.bin" for pattern in _WEIGHT_PATTERNS for path in folder.glob(pattern)):
         raise ValueError(

@@ -315,7 +315,7 @@ def _whole(written: Path, target: Path, writes: bool) -> Iterator[None]:
             raise
         place = target if target.is_dir() else target.parent
         left = f" ({shutil.disk_usage(place).free / 2**30:.1f} GiB are free there)" if place.is_dir() else ""
-        reason = ": ".join([*begun[:1], str(error).splitlines()[0]])
+        reason = ": ".join([*begun[:1], str(error).splitlines()[0].rstrip(".")])
         raise SaveError(
             f"{target} cannot be written{left}: {reason}. What had been saved before is as it was. Make room, or lower "
             "save_total_limit, and go on with resume_from_checkpoint auto."
