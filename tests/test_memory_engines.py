@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import runs
@@ -35,6 +37,22 @@ def test_the_highest_point_is_that_of_the_allocator_within_the_step():
         after = torch.empty(50 * MB, dtype=torch.uint8)
     assert 7 * MB <= memory_engines.growth(seen) < 7.1 * MB
     assert kept.nbytes + after.nbytes == 60 * MB and not higher
+
+
+def test_a_block_whose_address_is_handed_out_again_has_gone():
+    """Threads that are not profiled give back unseen; what was there before the step and is given back within it counts."""
+
+    def event(name: str, begin: int, end: int = 0, **fields: int) -> Any:
+        return SimpleNamespace(
+            name=name, start_time_ns=begin, end_time_ns=end, children=[], extra_fields=SimpleNamespace(**fields)
+        )
+
+    sizes = [(1, 7, 50), (3, 1, 10), (4, 1, 20), (5, 7, -50), (6, 2, 45), (7, 1, -20), (9, 3, 99)]
+    events = [event("[memory]", when, ptr=address, alloc_size=size) for when, address, size in sizes]
+    events.append(event(memory_engines.WATCHED, 2, 8))
+    results = SimpleNamespace(experimental_event_tree=lambda: events)
+    seen = SimpleNamespace(profiler=SimpleNamespace(kineto_results=results))
+    assert memory_engines.growth(seen) == 20  # 10, 20, -30, 15, -5
 
 
 def test_what_stands_is_counted_once_and_without_what_has_no_storage():
@@ -81,6 +99,6 @@ def test_a_case_that_fails_says_why(monkeypatch, tmp_path):
 def test_docs_say_what_the_record_says():
     record = json.loads((records.FOLDER / "memory_engines.json").read_text(encoding="utf-8"))["results"]
     assert [row["case"] for row in record["cases"]] == [case.name for case in memory_engines.CASES]
-    assert max(abs(row["error"]) for row in record["cases"]) < 0.15  # what FSDP2 reduces goes at a moment of its own
+    assert max(abs(row["error"]) for row in record["cases"]) < 0.1
     page = (runs.ROOT / "docs" / "memory.md").read_text(encoding="utf-8")
     assert memory_engines.markdown(record) in page

@@ -319,8 +319,9 @@ def buffers_of(plan: Plan) -> Buffers:
 def _buffers_of_fsdp(plan: Plan, wide: int) -> Buffers:
     with torch.device("meta"):
         model = build(plan.config, torch.bfloat16)
-    ends = {id(m.weight): m.weight.numel() for m in (model.get_input_embeddings(), model.get_output_embeddings())}
-    whole, outside = sum(p.numel() for p in model.parameters()), sum(ends.values())
+    embedding, head = (m.weight for m in (model.get_input_embeddings(), model.get_output_embeddings()))
+    outside = embedding.numel() + (head.numel() if head is not embedding else 0)
+    whole = sum(p.numel() for p in model.parameters())
     layer, gradient = (whole - outside) // plan.layers, 4 if plan.train_mode == "full" else 0
     gathered = 2 * wide * layer if plan.reshard else 0
     root = wide * outside if plan.reshard else 0
@@ -328,8 +329,11 @@ def _buffers_of_fsdp(plan: Plan, wide: int) -> Buffers:
         forward=gathered + root,
         head=root,
         last=gathered + gradient * layer + root,
-        first=gathered + gradient * layer + root + gradient * outside,
-        end=root + gradient * outside,
+        first=gathered
+        + gradient * layer
+        + root
+        + (gradient * outside if head is embedding else 0),  # else it has been sent
+        end=root + gradient * embedding.numel(),
     )
 
 
